@@ -1,0 +1,76 @@
+"""Every exception that relaxlm raises on purpose.
+
+    RelaxLMError
+    ├── VersionError            an installed package is not the release that relaxlm was built for
+    ├── ConfigError             config.json, mlc-chat-config.json, an override or an option
+    │   └── UnsupportedError    well-formed, but asks for something that relaxlm does not compute
+    ├── CheckpointError         the Hugging Face folder: missing, truncated, wrong shape, not weights at all
+    ├── WeightsError            a converted folder (tensor-cache.json and its shards)
+    ├── TokenizerError          tokenizer files
+    ├── TemplateError           chat templates, and conversations that a template refuses
+    ├── CompileError            compiling or linking a model library
+    │   └── ToolchainError      a compiler or linker that is not there, or that refused its input
+    ├── LibraryError            a compiled library that does not fit this machine, these weights or this relaxlm
+    ├── RequestError            a malformed generation request
+    │   └── ContextOverflowError    more tokens than the context window or the KV cache holds
+    └── VerificationError       a compiled library's results are too far from the reference
+
+A message says what was found and where, what was expected, and what to do next. The command line
+prints it without a stack trace and exits with status 1.
+"""
+
+
+class RelaxLMError(Exception):
+    """Something a user can cause, and can mend."""
+
+
+class VersionError(RelaxLMError):
+    pass
+
+
+class ConfigError(RelaxLMError):
+    pass
+
+
+class UnsupportedError(ConfigError):
+    pass
+
+
+class CheckpointError(RelaxLMError):
+    pass
+
+
+class WeightsError(RelaxLMError):
+    pass
+
+
+class TokenizerError(RelaxLMError):
+    pass
+
+
+class TemplateError(RelaxLMError):
+    pass
+
+
+class CompileError(RelaxLMError):
+    pass
+
+
+class ToolchainError(CompileError):
+    pass
+
+
+class LibraryError(RelaxLMError):
+    pass
+
+
+class RequestError(RelaxLMError):
+    pass
+
+
+class ContextOverflowError(RequestError):
+    pass
+
+
+class VerificationError(RelaxLMError):
+    pass
