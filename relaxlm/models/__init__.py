@@ -1,0 +1,88 @@
+"""The architectures relaxlm compiles: a table, and the functions that read it.
+
+Importing this package is cheap; an architecture's file, and TVM with it, is imported on use.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relaxlm.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from relaxlm.models.base import CausalLM
+    from relaxlm.models.config import DecoderConfig
+    from relaxlm.models.weights import ParameterSpec
+
+# model_type of config.json -> module of this package. One line per architecture.
+MODELS = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+
+
+def load_config(source: Path | str | Mapping[str, Any]) -> "DecoderConfig":
+    """Read and check a model's configuration.
+
+    Args:
+        source: a folder with config.json, the path of config.json or mlc-chat-config.json, or the
+            contents of either.
+
+    Raises:
+        UnsupportedError: an architecture or a value that relaxlm does not implement.
+        ConfigError: a file that is missing, malformed or incomplete.
+    """
+    raw, where = raw_config(source)
+    return _module(raw, where).Config.read(raw, where)
+
+
+def raw_config(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The fields of config.json as written, and the name of the file for messages."""
+    from relaxlm.models.config import read_json
+
+    if isinstance(source, Mapping):
+        raw, where = dict(source), "config.json"
+    else:
+        path = Path(source)
+        if path.is_dir():
+            found = [path / name for name in ("config.json", "mlc-chat-config.json")]
+            path = next((file for file in found if file.is_file()), found[0])
+        raw, where = read_json(path), str(path)
+    if "model_config" in raw:
+        if not isinstance(raw["model_config"], dict):
+            raise ConfigError(f"{where}: model_config is not a JSON object")
+        raw = {"model_type": raw.get("model_type"), **raw["model_config"]}
+    return raw, where
+
+
+def create(config: "DecoderConfig", dtype: str = "float32") -> "CausalLM":
+    """The model as an `nn.Module` whose parameters and activations have `dtype`."""
+    model = import_module(f"relaxlm.models.{MODELS[config.model_type]}").Model(config)
+    model.to(dtype)
+    return model
+
+
+def parameter_specs(config: "DecoderConfig") -> "list[ParameterSpec]":
+    """Every parameter in model order, with the checkpoint tensors it is made of."""
+    return create(config).parameter_specs()
+
+
+def ignored_sources(config: "DecoderConfig") -> tuple[str, ...]:
+    """fnmatch patterns of checkpoint tensors that may stay unused."""
+    return create(config).ignored_sources()
+
+
+def _module(raw: Mapping[str, Any], where: str) -> Any:
+    model_type = raw.get("model_type")
+    if model_type is None:
+        raise ConfigError(
+            f"{where}: model_type is missing. Is this the config.json of a Hugging Face model?"
+        )
+    if model_type not in MODELS:
+        raise UnsupportedError(
+            f"{where}: model_type {model_type!r} is not supported. Supported: {', '.join(MODELS)}"
+        )
+    return import_module(f"relaxlm.models.{MODELS[model_type]}")

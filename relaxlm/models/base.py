@@ -1,0 +1,188 @@
+"""What every decoder shares: the entry points of a compiled library and the view of a step.
+
+A step takes any mix of sequences and lengths as flat tokens (docs/architecture.md). A model does
+not see pages, sequences or the format of the cache. It calls `Step.attention`, an abstract
+operator that `compiler/passes/lower_paged_attention.py` turns into kernels for one target and
+one cache format.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+from tvm import relax, te, tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op, spec
+
+from relaxlm.models.config import DecoderConfig
+from relaxlm.models.layers import rotate
+from relaxlm.models.weights import ParameterSpec, Role, Source
+
+PAGED_ATTENTION = "relaxlm.paged_attention"
+
+
+class CacheHandle(nn.Object):
+    """Stands for the paged KV cache in a model's signature; the lowering replaces it by tensors."""
+
+    def __init__(self, _expr: relax.Expr, _name: str = "cache") -> None:
+        super().__init__(_expr=_expr, _name=_name)
+
+
+class Step:
+    """One forward step as a model sees it: n tokens, their positions, and the cache.
+
+    Args:
+        positions: [n] int32, absolute position of each token in its own sequence.
+    """
+
+    def __init__(self, config: DecoderConfig, positions: Tensor, cache: CacheHandle) -> None:
+        self.config, self.cache = config, cache
+        self.cos, self.sin = _cos_sin(
+            positions, config.rope.inverse_frequencies(config.head_dim)
+        )
+
+    def rotary(self, x: Tensor) -> Tensor:
+        """Rotate [n, heads, head_dim] by each token's position."""
+        return rotate(x, self.cos, self.sin)
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k and v to the cache of `layer`, then attend from q to all that it holds.
+
+        Args:
+            q: [n, num_attention_heads, head_dim], already rotated.
+            k, v: [n, num_key_value_heads, head_dim]; k already rotated.
+
+        Returns:
+            [n, num_attention_heads, head_dim], in the dtype of q.
+        """
+        window, sinks = self.config.windows[layer], self.config.attention_sinks
+        return op.extern(
+            PAGED_ATTENTION,
+            [_CacheArg(self.cache._expr), q, k, v, layer, window, sinks if window else 0],
+            Tensor.placeholder(q.shape, q.dtype),
+        )
+
+
+def _CacheArg(expr: relax.Expr) -> Tensor:
+    # nn.op.extern only takes tensors and numbers; the handle travels as if it were a tensor.
+    handle = Tensor.__new__(Tensor)
+    handle._expr = expr
+    return handle
+
+
+def _cos_sin(positions: Tensor, inverse_frequencies: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle of a step, once for all layers: two [n, head_dim / 2] float32."""
+    frequencies = Tensor.from_const(inverse_frequencies)
+
+    def table(name: str) -> Tensor:
+        function = {"cos": tirx.cos, "sin": tirx.sin}[name]
+
+        def compute(position: te.Tensor, frequency: te.Tensor) -> te.Tensor:
+            return te.compute(
+                (position.shape[0], frequency.shape[0]),
+                lambda t, i: function(position[t].astype("float32") * frequency[i]),
+                name=name,
+            )
+
+        return op.tensor_expr_op(compute, f"rope_{name}", [positions, frequencies])
+
+    return table("cos"), table("sin")
+
+
+class CausalLM(nn.Module):
+    """A decoder with its entry points. Subclasses set `model` and, where not tied, `lm_head`.
+
+    `model` has `embed_tokens`, `layers` (each called as `layer(x, step, index)`) and `norm`.
+    """
+
+    # Parameter name parts that hold several checkpoint tensors, concatenated along the output axis.
+    fused: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # Patterns of checkpoint tensors that no parameter needs.
+    ignored: ClassVar[tuple[str, ...]] = ("*.rotary_emb.inv_freq",)
+
+    config: DecoderConfig
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, cache: CacheHandle, logit_positions: Tensor
+    ) -> Tensor:
+        """Token ids [n] and the rows wanted [m] to logits [m, vocab] float32."""
+        x = self.embed(input_ids)
+        for x in self._layers(x, positions, cache):
+            pass
+        x = op.take(self.model.norm(x), logit_positions, axis=0)
+        return self._logits(x)
+
+    def hidden_states(self, input_ids: Tensor, positions: Tensor, cache: CacheHandle) -> tuple:
+        """The residual stream before the first layer and after each: float32 [n, hidden] each."""
+        x = self.embed(input_ids)
+        states = [x, *self._layers(x, positions, cache)]
+        return tuple(op.astype(state, "float32") for state in states)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids [n] to the vectors the first layer reads [n, hidden]."""
+        return self.model.embed_tokens(input_ids)
+
+    def _layers(self, x: Tensor, positions: Tensor, cache: CacheHandle) -> Iterator[Tensor]:
+        step = Step(self.config, positions, cache)
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, step, index)
+            yield x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.config.tie_word_embeddings:
+            weight = self.model.embed_tokens.weight
+            return op.matmul(x, op.permute_dims(weight), out_dtype="float32")
+        return self.lm_head(x)
+
+    def export_spec(self) -> dict:
+        """Signatures of the entry points, for `export_tvm`."""
+
+        def method(name: str, **arguments) -> dict:
+            return {**arguments, "$": {"param_mode": "plain", "effect_mode": "none"}}
+
+        ids, rows = spec.Tensor(["n"], "int32"), spec.Tensor(["m"], "int32")
+        step = {"input_ids": ids, "positions": ids, "cache": spec.Object(CacheHandle)}
+        return {
+            "forward": method("forward", **step, logit_positions=rows),
+            "hidden_states": method("hidden_states", **step),
+            "embed": method("embed", input_ids=ids),
+        }
+
+    def parameter_specs(self) -> list[ParameterSpec]:
+        """Every parameter in model order, with the checkpoint tensors it is made of."""
+        return [
+            ParameterSpec(name, shape, self._role(name, shape), self._sources(name, shape))
+            for name, shape in (
+                (name, tuple(int(extent) for extent in parameter.shape))
+                for name, parameter in self.named_parameters()
+            )
+        ]
+
+    def ignored_sources(self) -> tuple[str, ...]:
+        """Patterns of checkpoint tensors that may stay unused."""
+        return (*self.ignored, "lm_head.weight") if self.config.tie_word_embeddings else self.ignored
+
+    def _role(self, name: str, shape: tuple[int, ...]) -> Role:
+        if len(shape) == 1:
+            return "vector"
+        if name == "lm_head.weight":
+            return "lm_head"
+        return "embedding" if name.endswith("embed_tokens.weight") else "linear"
+
+    def _sources(self, name: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
+        for part, pieces in self.fused.items():
+            if f".{part}." in name:
+                rows = self.fused_rows(part)
+                return tuple(
+                    Source(name.replace(part, piece), (count, *shape[1:]))
+                    for piece, count in zip(pieces, rows, strict=True)
+                )
+        return (Source(name, shape),)
+
+    def fused_rows(self, part: str) -> tuple[int, ...]:
+        """Output rows of each tensor that a fused parameter is made of."""
+        config = self.config
+        if part == "gate_up_proj":
+            return (config.intermediate_size, config.intermediate_size)
+        key_value = config.num_key_value_heads * config.head_dim
+        return (config.num_attention_heads * config.head_dim, key_value, key_value)

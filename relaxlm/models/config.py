@@ -1,0 +1,192 @@
+"""Reading config.json: what decides what a decoder computes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from relaxlm.errors import ConfigError, UnsupportedError
+from relaxlm.models.rope import Rope
+
+# Fields of config.json that say nothing about what the compiled model computes: training settings,
+# bookkeeping of the library that wrote the file, and ids that gen_config reads by itself.
+WITHOUT_EFFECT = frozenset(
+    """
+    _name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype
+    eos_token_id finetuning_task hidden_dropout id2label initializer_range is_decoder
+    is_encoder_decoder label2id layer_types max_window_layers model_type output_attentions
+    output_hidden_states output_scores pad_token_id pretraining_tp problem_type quantization_config
+    return_dict task_specific_params tokenizer_class torch_dtype torchscript transformers_version
+    transformers.js_config unk_token_id use_cache use_sliding_window unsloth_version unsloth_fixed
+    context_window_size prefill_chunk_size attention_sink_size tensor_parallel_shards
+    pipeline_parallel_stages max_batch_size disaggregation sliding_window_size rope_theta rope_scaling
+    rope_parameters kv_cache_dtype
+    """.split()
+)
+
+
+class DecoderConfig(BaseModel):
+    """The configuration fields that decide what a decoder computes.
+
+    Values come from config.json. Old files leave some fields out; `absent` holds, per
+    architecture, what transformers' own configuration class fills in for those (a test compares
+    the two), and nothing else has a default. `sliding_window` and `attention_sinks` are in tokens.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    # What transformers fills in for a field that config.json leaves out.
+    absent: ClassVar[Mapping[str, Any]] = {}
+
+    model_type: str
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    hidden_act: Literal["silu"]
+    rms_norm_eps: float = Field(ge=0)
+    max_position_embeddings: PositiveInt
+    rope: Rope
+    tie_word_embeddings: bool
+    # One window per layer, 0 for full attention. Filled in by `read` from the spellings of the family.
+    windows: tuple[int, ...]
+    attention_sinks: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> "DecoderConfig":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd, rotary embeddings need pairs")
+        return self
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any], where: str) -> "DecoderConfig":
+        """Check one configuration.
+
+        Args:
+            raw: the contents of config.json, or `model_config` of mlc-chat-config.json.
+            where: the file's name, for messages.
+
+        Raises:
+            UnsupportedError: a value that relaxlm does not implement.
+            ConfigError: a missing or malformed value.
+        """
+        values = {**cls.absent, **{key: value for key, value in raw.items() if value is not None}}
+        heads, layers = values.get("num_attention_heads"), values.get("num_hidden_layers")
+        if isinstance(heads, int) and heads > 0:
+            values.setdefault("num_key_value_heads", heads)
+            if isinstance(values.get("hidden_size"), int):
+                values.setdefault("head_dim", values["hidden_size"] // heads)
+        values["rope"] = cls._rope(values)
+        if isinstance(layers, int) and layers > 0:
+            values["windows"] = cls._windows(values, layers, where)
+        values.setdefault("attention_sinks", max(0, values.get("attention_sink_size", 0)))
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _explain(error, where) from None
+
+    @staticmethod
+    def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Unite the old spelling (rope_theta, rope_scaling) and the new one (rope_parameters)."""
+        rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+        if "type" in rope:
+            rope.setdefault("rope_type", rope.pop("type"))
+        rope.setdefault("rope_type", "default")
+        if "rope_theta" in values:
+            rope.setdefault("rope_theta", values["rope_theta"])
+        if rope["rope_type"] == "llama3" and "max_position_embeddings" in values:
+            rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        return rope
+
+    @classmethod
+    def _windows(cls, values: Mapping[str, Any], layers: int, where: str) -> tuple[int, ...]:
+        """The window of each layer: the run-time override first, then the family's own fields."""
+        override = values.get("sliding_window_size", -1)
+        if override > 0:
+            return (override,) * layers
+        window = values.get("sliding_window") or 0
+        kinds = values.get("layer_types")
+        if kinds is None:
+            kinds = cls.default_layer_types(values, layers)
+        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        if unknown or len(kinds) != layers:
+            raise UnsupportedError(
+                f"{where}: layer_types has {len(kinds)} entries with {unknown or 'known'} kinds; expected "
+                f"{layers}, each 'full_attention' or 'sliding_attention'"
+            )
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+    @classmethod
+    def default_layer_types(cls, values: Mapping[str, Any], layers: int) -> list[str]:
+        """The kind of each layer where config.json has no `layer_types`."""
+        return ["full_attention"] * layers
+
+    @property
+    def sliding_window(self) -> int:
+        """Tokens after which a cached key is never read again; 0 if some layer reads all of them."""
+        return 0 if 0 in self.windows else max(self.windows)
+
+    def with_window(self, window: int, sinks: int) -> "DecoderConfig":
+        """The same model with every layer limited to `window` tokens plus the first `sinks`."""
+        return self.model_copy(
+            update={
+                "windows": (window,) * self.num_hidden_layers if window > 0 else self.windows,
+                "attention_sinks": sinks,
+            }
+        )
+
+
+def unknown_fields(config: DecoderConfig, raw: Mapping[str, Any]) -> list[str]:
+    """Fields of config.json that relaxlm neither uses nor knows to be without effect."""
+    known = WITHOUT_EFFECT | set(type(config).model_fields) | set(config.absent)
+    return sorted(key for key, value in raw.items() if key not in known and value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or holds something else than an object.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. Expected a folder with config.json in it")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if text.startswith("version https://git-lfs"):
+        raise ConfigError(f"{path} is a Git LFS pointer, not JSON: run `git lfs pull` in its folder")
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    """The first problem pydantic found, in words."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"] if part not in ROPE_TAGS)
+    if problem["type"] in ("literal_error", "union_tag_invalid"):
+        if problem["type"] == "union_tag_invalid":
+            place, found = "rope_parameters.rope_type", problem["ctx"]["tag"]
+            expected = f"Input should be {problem['ctx']['expected_tags']}"
+        else:
+            found, expected = problem["input"], problem["msg"]
+        return UnsupportedError(f"{where}: {place} = {found!r} is not supported: {expected}")
+    if problem["type"] == "missing":
+        return ConfigError(f"{where}: {place} is missing. Is this the config.json of the model itself?")
+    found = "" if place == "" else f"{place} = {problem['input']!r}: "
+    return ConfigError(f"{where}: {found}{problem['msg']}")
+
+
+ROPE_TAGS = ("default", "linear", "llama3")

@@ -1,0 +1,113 @@
+"""Modules that two or more architectures share unchanged."""
+
+from typing import Protocol
+
+from tvm import te, tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from relaxlm.models.config import DecoderConfig
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        self.weight = nn.Parameter((size,))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return op.rms_norm(x, self.weight, axes=[-1], epsilon=self.eps)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) with gate and up in one matrix (Shazeer 2020, arXiv:2002.05202).
+
+    [n, hidden] -> [n, hidden].
+    """
+
+    def __init__(self, config: DecoderConfig, bias: bool = False) -> None:
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(op.silu(gate) * up)
+
+
+class Attends(Protocol):
+    """An attention module as `Block` calls it: [n, hidden] -> [n, hidden]."""
+
+    def __call__(self, x: Tensor, step, layer: int) -> Tensor: ...
+
+
+class Block(nn.Module):
+    """Attention and a gated MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, attention: Attends, mlp: GatedMLP) -> None:
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), step, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The parameters under `model.`: embedding, blocks and final norm. `CausalLM` runs them."""
+
+    def __init__(self, config: DecoderConfig, blocks: list[Block]) -> None:
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def split_heads(x: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """[n, (q_heads + 2 kv_heads) * head_dim] -> q, k, v as [n, heads, head_dim] each."""
+    n = x.shape[0]
+    q_heads, kv_heads, dim = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    heads = op.reshape(x, (n, q_heads + 2 * kv_heads, dim))
+    q, k, v = op.split(heads, [q_heads, q_heads + kv_heads], axis=1)
+    return q, k, v
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[n, heads, head_dim] -> [n, heads * head_dim]."""
+    n, heads, dim = x.shape
+    return op.reshape(x, (n, heads * dim))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split form of the Hugging Face checkpoints.
+
+    Feature i is paired with feature i + head_dim / 2.
+
+    Args:
+        x: [n, heads, head_dim].
+        cos, sin: [n, head_dim / 2] float32.
+
+    Returns:
+        [n, heads, head_dim] in the dtype of x; computed in float32.
+    """
+    half = x.shape[-1] // 2
+
+    def compute(x: te.Tensor, cos: te.Tensor, sin: te.Tensor) -> te.Tensor:
+        def element(t, h, i):
+            pair = tirx.Select(i < half, i, i - half)
+            other = tirx.Select(i < half, i + half, i - half)
+            sign = tirx.Select(i < half, tirx.const(-1.0, "float32"), tirx.const(1.0, "float32"))
+            value = (
+                x[t, h, i].astype("float32") * cos[t, pair]
+                + sign * x[t, h, other].astype("float32") * sin[t, pair]
+            )
+            return value.astype(x.dtype)
+
+        return te.compute(x.shape, element, name="rotate")
+
+    return op.tensor_expr_op(compute, "rotate", [x, cos, sin])
