@@ -37,9 +37,7 @@ class Step:
 
     def __init__(self, config: DecoderConfig, positions: Tensor, cache: CacheHandle) -> None:
         self.config, self.cache = config, cache
-        self.cos, self.sin = _cos_sin(
-            positions, config.rope.inverse_frequencies(config.head_dim)
-        )
+        self.cos, self.sin = _cos_sin(positions, config.rope.inverse_frequencies(config.head_dim))
 
     def rotary(self, x: Tensor) -> Tensor:
         """Rotate [n, heads, head_dim] by each token's position."""
@@ -160,7 +158,9 @@ class CausalLM(nn.Module):
 
     def ignored_sources(self) -> tuple[str, ...]:
         """Patterns of checkpoint tensors that may stay unused."""
-        return (*self.ignored, "lm_head.weight") if self.config.tie_word_embeddings else self.ignored
+        return (
+            (*self.ignored, "lm_head.weight") if self.config.tie_word_embeddings else self.ignored
+        )
 
     def _role(self, name: str, shape: tuple[int, ...]) -> Role:
         if len(shape) == 1:

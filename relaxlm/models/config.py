@@ -162,7 +162,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file. Expected a folder with config.json in it")
     text = path.read_text(encoding="utf-8", errors="replace")
     if text.startswith("version https://git-lfs"):
-        raise ConfigError(f"{path} is a Git LFS pointer, not JSON: run `git lfs pull` in its folder")
+        raise ConfigError(
+            f"{path} is a Git LFS pointer, not JSON: run `git lfs pull` in its folder"
+        )
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
@@ -184,7 +186,9 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
             found, expected = problem["input"], problem["msg"]
         return UnsupportedError(f"{where}: {place} = {found!r} is not supported: {expected}")
     if problem["type"] == "missing":
-        return ConfigError(f"{where}: {place} is missing. Is this the config.json of the model itself?")
+        return ConfigError(
+            f"{where}: {place} is missing. Is this the config.json of the model itself?"
+        )
     found = "" if place == "" else f"{place} = {problem['input']!r}: "
     return ConfigError(f"{where}: {found}{problem['msg']}")
 

@@ -1,0 +1,96 @@
+"""A small vocabulary for kernels written in TVMScript: plain functions that return TIR expressions.
+
+Everything here is generic LLVM, so it compiles for any CPU; vectors wider than the machine's are
+split by LLVM. Repeated expressions are built by functions instead of named values, because a name
+inside a parallel loop becomes a heap allocation per iteration in this TVM.
+"""
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+LOG2E = 1.4426950408889634
+
+
+def splat(value: Expr | float, lanes: int) -> Expr:
+    """The same float32 in every lane."""
+    value = T.float32(value) if isinstance(value, (int, float)) else value
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def to_float32(value: Expr, lanes: int) -> Expr:
+    """Convert a vector of any float dtype to float32."""
+    return T.cast(value, "float32" if lanes == 1 else f"float32x{lanes}")
+
+
+def vector(dtype: str, lanes: int) -> str:
+    """The name of a vector dtype: ("float16", 16) -> "float16x16"."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def multiply_add(a: Expr, b: Expr, c: Expr) -> Expr:
+    """a * b + c, fused where the CPU can (llvm.fma would be a library call where it can't)."""
+    return T.call_llvm_pure_intrin(
+        T.llvm_lookup_intrinsic_id("llvm.fmuladd"), a, b, c, dtype=str(a.ty.dtype)
+    )
+
+
+def exp2(x: Expr, lanes: int) -> Expr:
+    """2 ** x for float32 lanes, relative error below 2e-7; anything under -126 gives about 0.
+
+    TVM's own exp2 of a vector is one library call per lane. Minimax polynomial of degree 6 for
+    the fraction in [-1/2, 1/2], exponent added to the bits.
+    """
+    clamped = T.max(x, splat(-126.0, lanes))
+    whole = T.nearbyint(clamped)
+    fraction = clamped - whole
+    result = splat(1.540353e-4, lanes)
+    for factor in (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0):
+        result = multiply_add(result, fraction, splat(factor, lanes))
+    shift = T.int32(23) if lanes == 1 else T.broadcast(T.int32(23), lanes)
+    bits = T.reinterpret(result, dtype=vector("int32", lanes))
+    exponent = T.shift_left(T.cast(whole, vector("int32", lanes)), shift)
+    return T.reinterpret(bits + exponent, dtype=vector("float32", lanes))
+
+
+def reduce_max(x: Expr) -> Expr:
+    """The largest lane of a float32 vector."""
+    return T.call_llvm_pure_intrin(
+        T.llvm_lookup_intrinsic_id("llvm.vector.reduce.fmax"), x, dtype="float32"
+    )
+
+
+def reduce_sum(x: Expr, lanes: int) -> Expr:
+    """The sum of a float32 vector, in tree order; its kernel needs `import_reduce_sum`."""
+    return T.call_pure_extern("float32", f"relaxlm_reduce_sum_{lanes}", x)
+
+
+def import_reduce_sum(function: tirx.PrimFunc, lanes: int) -> tirx.PrimFunc:
+    """Give a kernel the function behind `reduce_sum`.
+
+    The plain LLVM intrinsic adds lanes one after the other unless it carries the flag `reassoc`,
+    which TIR can't set. Functions are linked by name across a module, so the width is in the name.
+    """
+    ir = f"""
+define float @relaxlm_reduce_sum_{lanes}(<{lanes} x float> %v) alwaysinline nounwind readnone {{
+  %r = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float 0.0, <{lanes} x float> %v)
+  ret float %r
+}}
+declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, <{lanes} x float>)
+"""
+    zero = tirx.const(0, "int32")
+    return function.with_body(
+        tirx.AttrStmt(zero, "pragma_import_llvm", tvm.ir.StringImm(ir), function.body)
+    )
+
+
+def as_relax_kernel(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Make a scheduled TVMScript kernel callable from Relax.
+
+    Relax passes expect a root block; a fixed symbol name would clash between kernels.
+    """
+    root = s_tir.SBlock([], [], [], "root", function.body)
+    realized = s_tir.SBlockRealize([], tirx.const(True, "bool"), root)
+    function = function.with_body(realized).with_attr("tirx.is_scheduled", True)
+    return function.without_attr("global_symbol")

@@ -1,0 +1,152 @@
+"""The CPU attention kernels against float64 NumPy, on pages scattered at random."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tvm
+
+from relaxlm.compiler.kernels import cpu_attention
+from relaxlm.compiler.kernels.attention import AttentionShape
+from relaxlm.quantization.kv_cache import KV_FORMATS, KVFormat
+from tests import reference
+
+NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def build(function: tvm.tirx.PrimFunc):
+    module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
+    return tvm.compile(module, target=tvm.target.Target({"kind": "llvm"}))["kernel"]
+
+
+class PagedBatch:
+    """Sequences whose last tokens are new, laid out on pages in random order as a runtime would."""
+
+    def __init__(self, shape: AttentionShape, format: KVFormat, lengths, new, dtype="float32"):
+        rng = np.random.default_rng(7)
+        self.shape, self.format, page = shape, format, shape.page_size
+        heads, dim = shape.kv_heads, shape.head_dim
+        self.k = [rng.standard_normal((n, heads, dim)).astype("float32") for n in lengths]
+        self.v = [rng.standard_normal((n, heads, dim)).astype("float32") for n in lengths]
+        self.q = [rng.standard_normal((n, shape.q_heads, dim)).astype("float32") for n in new]
+        self.positions = [np.arange(n - m, n) for n, m in zip(lengths, new, strict=True)]
+        counts = [-(-n // page) for n in lengths]
+        pages = rng.permutation(sum(counts) + 3).astype("int32")
+        self.pages = [pages[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
+        self.tensors = []
+        for tensor in cpu_attention.page_tensors(shape, format):
+            dtype_ = NUMPY.get(tensor.dtype, tensor.dtype)
+            # Garbage in what was never written must not matter, short of NaN.
+            garbage = rng.integers(1, 100, (sum(counts) + 3, *tensor.page_shape)).astype(dtype_)
+            self.tensors.append(tvm.runtime.tensor(garbage))
+        append = build(cpu_attention.append_kernel(shape, format, dtype))
+        slots = np.concatenate(
+            [
+                pages[np.arange(n) // page] * page + np.arange(n) % page
+                for n, pages in zip(lengths, self.pages, strict=True)
+            ]
+        ).astype("int32")
+        append(
+            *(tvm.runtime.tensor(np.concatenate(x).astype(dtype)) for x in (self.k, self.v)),
+            tvm.runtime.tensor(slots),
+            *self.tensors,
+        )
+
+    def attend(self, dropped_pages: int = 0, dtype: str = "float32") -> np.ndarray:
+        """Run the kernel, leaving `dropped_pages` between sinks and window out of every table."""
+        page = self.shape.page_size
+        sink_pages = -(-self.shape.sinks // page)
+        tables = [
+            np.concatenate([pages[:sink_pages], pages[sink_pages + dropped_pages :]])
+            for pages in self.pages
+        ]
+        offsets = lambda parts: np.cumsum([0, *map(len, parts)]).astype("int32")  # noqa: E731
+        lengths = [len(k) - dropped_pages * page for k in self.k]
+        q = np.concatenate(self.q).astype(dtype)
+        out = tvm.runtime.tensor(np.full(q.shape, 7, dtype))
+        build(cpu_attention.attend_kernel(self.shape, self.format, dtype))(
+            *(
+                tvm.runtime.tensor(array)
+                for array in (
+                    q,
+                    np.concatenate(self.positions).astype("int32"),
+                    offsets(self.q),
+                    offsets(tables),
+                    np.concatenate(tables).astype("int32"),
+                    np.array(lengths, "int32"),
+                    np.full(len(lengths), dropped_pages * page, "int32"),
+                )
+            ),
+            *self.tensors,
+            out,
+        )
+        return out.numpy()
+
+    def expected(self) -> np.ndarray:
+        """float64 attention over what the format keeps of keys and values."""
+        keep = lambda x: self.format.dequantize(*self.format.quantize(x))  # noqa: E731
+        return np.concatenate(
+            [
+                reference.attention(
+                    q, keep(k), keep(v), at, self.shape.scale, self.shape.window, self.shape.sinks
+                )
+                for q, k, v, at in zip(self.q, self.k, self.v, self.positions, strict=True)
+            ]
+        )
+
+
+@pytest.mark.parametrize("format", KV_FORMATS.values(), ids=KV_FORMATS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=["mha", "gqa", "mqa"])
+def test_attention_over_pages(format: KVFormat, heads: tuple[int, int]) -> None:
+    shape = AttentionShape(*heads, head_dim=24, window=0, sinks=0, scale=0.21)
+    batch = PagedBatch(shape, format, lengths=[1, 16, 17, 70, 33], new=[1, 16, 1, 40, 3])
+    np.testing.assert_allclose(batch.attend(), batch.expected(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("head_dim", [8, 20, 64, 128])
+def test_head_sizes(head_dim: int) -> None:
+    shape = AttentionShape(4, 2, head_dim, window=0, sinks=0, scale=head_dim**-0.5)
+    batch = PagedBatch(shape, KV_FORMATS["float32"], lengths=[37, 5], new=[20, 5])
+    np.testing.assert_allclose(batch.attend(), batch.expected(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(5, 0), (16, 0), (40, 0), (20, 4), (33, 20)])
+def test_sliding_window_with_sinks(window: int, sinks: int) -> None:
+    shape = AttentionShape(4, 2, 16, window, sinks, scale=0.25)
+    batch = PagedBatch(shape, KV_FORMATS["float32"], lengths=[150, 131], new=[6, 1])
+    expected = batch.expected()
+    np.testing.assert_allclose(batch.attend(), expected, rtol=2e-5, atol=2e-6)
+    # Leaving out pages that no query can see any more changes nothing.
+    np.testing.assert_allclose(batch.attend(dropped_pages=3), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_half_precision_activations() -> None:
+    shape = AttentionShape(4, 2, 32, window=0, sinks=0, scale=0.2)
+    batch = PagedBatch(shape, KV_FORMATS["float16"], [60, 20], [8, 20], dtype="float16")
+    assert reference.relative_error(batch.attend(dtype="float16"), batch.expected()) < 1e-3
+
+
+def test_all_e4m3_codes_decode_and_encode() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    codes = codes[~np.isnan(codes.view(ml_dtypes.float8_e4m3fn).astype("float32"))]
+    values = codes.view(ml_dtypes.float8_e4m3fn).astype("float32")
+    n = len(codes)
+
+    from tvm import te
+
+    def run(build_value, array: np.ndarray, dtype: str) -> np.ndarray:
+        x = te.placeholder((len(array),), str(array.dtype))
+        y = te.compute((len(array),), lambda i: build_value(x[i]))
+        out = tvm.runtime.tensor(np.zeros(len(array), dtype))
+        build(te.create_prim_func([x, y]))(tvm.runtime.tensor(array), out)
+        return out.numpy()
+
+    decoded = run(lambda c: cpu_attention.decode_e4m3(c, 1), codes, "float32")
+    np.testing.assert_array_equal(decoded, values)
+    np.testing.assert_array_equal(run(cpu_attention.encode_e4m3, values, "uint8"), codes)
+    # Between the codes: as ml_dtypes rounds, ties to even included.
+    ordered = np.unique(values)
+    between = np.concatenate(
+        [(ordered[1:] + ordered[:-1]) / 2, np.random.default_rng(0).uniform(-448, 448, 50 * n)]
+    ).astype("float32")
+    rounded = between.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal(run(cpu_attention.encode_e4m3, between, "uint8"), rounded)

@@ -1,0 +1,48 @@
+"""Slow and obvious versions of what relaxlm computes, in NumPy float64."""
+
+import numpy as np
+
+
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    positions: np.ndarray,
+    scale: float,
+    window: int = 0,
+    sinks: int = 0,
+) -> np.ndarray:
+    """Causal grouped-query attention of one sequence.
+
+    Args:
+        q: [n, q_heads, dim], the last n tokens.
+        k, v: [length, kv_heads, dim], every token of the sequence.
+        positions: [n], where the rows of q stand in the sequence.
+
+    Returns:
+        [n, q_heads, dim] float64.
+    """
+    share = q.shape[1] // k.shape[1]
+    keys = np.arange(len(k))
+    out = np.empty(q.shape, np.float64)
+    for row, position in enumerate(positions):
+        seen = keys <= position
+        if window > 0:
+            seen &= (position - keys < window) | (keys < sinks)
+        for head in range(q.shape[1]):
+            scores = k[seen, head // share].astype(np.float64) @ q[row, head] * scale
+            weights = np.exp(scores - scores.max())
+            out[row, head] = weights / weights.sum() @ v[seen, head // share].astype(np.float64)
+    return out
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """[..., size] -> [..., size] float64."""
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """||actual - expected|| / ||expected||."""
+    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
