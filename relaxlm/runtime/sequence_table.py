@@ -1,0 +1,405 @@
+"""The page tables of the sequences in the paged KV cache.
+
+A sequence's cached tokens lie in pages of `page_size` tokens, all full but the last. Full pages are
+shared between a sequence and its forks. A page that is shared is never written: the first holder
+that appends to a shared, partly filled page gets a copy of it.
+
+Sliding window: a query at position q sees a key at position k iff k <= q and (window == 0 or
+q - k < window or k < sinks). Pages between the ones that hold the sinks and the window leave the
+table, whole, at the start of the first step in which no query can see any of their tokens. Then
+`dropped` counts the tokens that left, and the cached token with index j has the absolute position
+
+    j              for j < sink_pages * page_size, where sink_pages = ceil(sinks / page_size)
+    j + dropped    otherwise
+
+Only numbers are kept here. They are ahead of the tensors by one step: whoever calls `append` or
+`batch` must perform the copies from `take_copies` and then run the step.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from relaxlm.errors import ContextOverflowError, RequestError
+from relaxlm.runtime.page_pool import PagePool
+
+
+class BatchTables(NamedTuple):
+    """What a step over b sequences and n tokens needs to know, in `forward`'s order; all int32.
+
+    Sequence i has the tokens row_offsets[i] .. row_offsets[i + 1] - 1 of the step and, counting
+    them, kv_lengths[i] tokens in the pages page_ids[page_offsets[i] : page_offsets[i + 1]].
+    """
+
+    positions: np.ndarray  # [n] absolute position of each token
+    slots: np.ndarray  # [n] where its K and V go: page * page_size + offset in the page
+    row_offsets: np.ndarray  # [b + 1]
+    page_offsets: np.ndarray  # [b + 1]
+    page_ids: np.ndarray  # [page_offsets[b]]
+    kv_lengths: np.ndarray  # [b] cached tokens after the step
+    dropped: np.ndarray  # [b] tokens that left the table between sinks and window
+
+
+@dataclass(slots=True)
+class _Sequence:
+    length: int = 0  # tokens so far, the dropped ones included
+    dropped: int = 0  # tokens, a multiple of page_size
+    pages: array = field(default_factory=lambda: array("i"))
+
+
+class PagedSequences:
+    """Sequences of tokens over a pool of pages, and the tables of a step.
+
+    Counts are in tokens unless the name says pages. A failed call changes nothing.
+
+    Args:
+        pool: the pages; may serve other holders too.
+        page_size: tokens per page.
+        window: tokens that a query sees, itself included; 0 for all of them.
+        sinks: first tokens of a sequence that stay visible when the window has moved on.
+        max_sequences: the most that may exist at a time; None for no limit.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        window: int = 0,
+        sinks: int = 0,
+        max_sequences: int | None = None,
+    ) -> None:
+        if page_size < 1 or window < 0 or sinks < 0:
+            raise ValueError(
+                f"page_size {page_size}, window {window}, sinks {sinks}: "
+                "expected at least 1, 0 and 0"
+            )
+        if pool.total * page_size > 2**31:
+            raise ValueError(
+                f"{pool.total} pages of {page_size} tokens: more slots than an int32 can number"
+            )
+        self.pool = pool
+        self.page_size = page_size
+        self.window = window
+        self.sinks = sinks
+        self.sink_pages = -(-sinks // page_size)
+        self.max_sequences = max_sequences
+        self._sequences: dict[int, _Sequence] = {}
+        self._next_id = 0
+        # Target page -> source page. The copy holds the source in place of the sequence that let
+        # go of it, so that no other sequence can get and overwrite the page before it is read.
+        self._copies: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __contains__(self, seq: object) -> bool:
+        return seq in self._sequences
+
+    def length(self, seq: int) -> int:
+        """Tokens appended so far, including those that have left the window."""
+        return self._get(seq).length
+
+    def cached(self, seq: int) -> int:
+        """Tokens that are in pages."""
+        sequence = self._get(seq)
+        return sequence.length - sequence.dropped
+
+    def pages(self, seq: int) -> list[int]:
+        return list(self._get(seq).pages)
+
+    def add(self) -> int:
+        """Start an empty sequence.
+
+        Returns:
+            Its number, never given out again.
+
+        Raises:
+            RequestError: `max_sequences` exist already.
+        """
+        return self._open(_Sequence())
+
+    def free(self, seq: int) -> None:
+        """End a sequence and let go of its pages."""
+        self._release(self._get(seq).pages)
+        del self._sequences[seq]
+
+    def fork(self, seq: int, length: int | None = None) -> int:
+        """Start a sequence with the first `length` tokens of another (default: all); takes no page.
+
+        Raises:
+            RequestError: `max_sequences` exist already, or tokens that are needed have left the
+                window (see `can_truncate`).
+        """
+        parent = self._get(seq)
+        length = parent.length if length is None else length
+        count, dropped = self._rolled_back(seq, parent, length)
+        shared = parent.pages[:count]
+        new = self._open(_Sequence(length, dropped, shared))
+        self.pool.retain(shared)
+        return new
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Forget all but the first `length` tokens.
+
+        Raises:
+            RequestError: tokens that are needed have left the window (see `can_truncate`).
+        """
+        sequence = self._get(seq)
+        count, dropped = self._rolled_back(seq, sequence, length)
+        self._release(sequence.pages[count:])
+        del sequence.pages[count:]
+        sequence.length, sequence.dropped = length, dropped
+
+    def can_truncate(self, seq: int, length: int) -> bool:
+        """Whether the pages still hold every token that a query at position `length` sees.
+
+        Always so without a sliding window, and before the window has dropped any page.
+        """
+        sequence = self._get(seq)
+        kept = self.sink_pages * self.page_size
+        return (
+            sequence.dropped == 0
+            or length <= kept
+            or length - self.window + 1 >= kept + sequence.dropped
+        )
+
+    def append(self, seq: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Make room for n more tokens.
+
+        Returns:
+            slots: [n] int32, page * page_size + offset in the page.
+            positions: [n] int32, absolute.
+
+        Raises:
+            ContextOverflowError: too few pages are free.
+        """
+        tables = self.batch([(seq, n)])
+        return tables.slots, tables.positions
+
+    def batch(self, steps: Sequence[tuple[int, int]]) -> BatchTables:
+        """Make room for the tokens of one step: for each (sequence, n), n more tokens.
+
+        Raises:
+            ContextOverflowError: too few pages are free for all of them; nothing has changed.
+            ValueError: no step at all, a sequence twice, or n < 1.
+        """
+        size = self.page_size
+        if not steps:
+            raise ValueError("a step needs at least one sequence")
+        if len({seq for seq, _ in steps}) != len(steps):
+            raise ValueError(f"a sequence is twice in one step: {[seq for seq, _ in steps]}")
+
+        # Plan: nothing changes before it is known that the pages suffice.
+        sequences: list[_Sequence] = []
+        changes: list[tuple[_Sequence, int, bool, int]] = []
+        dropping: list[int] = []
+        copied: dict[int, int] = {}  # shared page -> sequences of this step that get a copy of it
+        needed = 0
+        for seq, n in steps:
+            sequence = self._get(seq)
+            if n < 1:
+                raise ValueError(f"sequence {seq}: cannot append {n} tokens, expected at least 1")
+            sequences.append(sequence)
+            cached = sequence.length - sequence.dropped
+            grow = -(-(cached + n) // size) - len(sequence.pages)
+            drop = self._pages_to_drop(sequence) if self.window else 0
+            copy = False
+            if cached % size:
+                last = sequence.pages[-1]
+                if self.pool.holders(last) > 1 and self._is_shared(last, copied.get(last, 0)):
+                    copied[last] = copied.get(last, 0) + 1
+                    copy = True
+            if grow or drop or copy:
+                dropping += sequence.pages[self.sink_pages : self.sink_pages + drop]
+                needed += grow + copy
+                changes.append((sequence, drop, copy, grow))
+        if needed:
+            self._require(needed, dropping, steps)
+
+        # Pages that leave the window go first: this step may need them.
+        if dropping:
+            self._release(dropping)
+        fresh = iter(self.pool.alloc(needed)) if needed else iter(())
+        for sequence, drop, copy, grow in changes:
+            if drop:
+                del sequence.pages[self.sink_pages : self.sink_pages + drop]
+                sequence.dropped += drop * size
+            if copy:
+                target = next(fresh)
+                self._copy_on_write(sequence.pages[-1], target)
+                sequence.pages[-1] = target
+            for _ in range(grow):
+                sequence.pages.append(next(fresh))
+        for sequence, (_, n) in zip(sequences, steps, strict=True):
+            sequence.length += n
+        return self._tables(sequences, [n for _, n in steps])
+
+    def take_copies(self) -> tuple[np.ndarray, np.ndarray]:
+        """The page copies to perform now, before the step that `append` or `batch` prepared.
+
+        No page is both a source and a target, and no target comes twice: any order will do.
+
+        Returns:
+            sources: [k] int32 page numbers.
+            targets: [k] int32 page numbers.
+        """
+        targets = np.fromiter(self._copies.keys(), np.int32, len(self._copies))
+        sources = np.fromiter(self._copies.values(), np.int32, len(self._copies))
+        held = list(self._copies.values())
+        self._copies.clear()
+        self.pool.release(held)
+        return sources, targets
+
+    def check(self, other_holds: Sequence[int] = ()) -> None:
+        """Assert that tables, pool and waiting copies agree.
+
+        Args:
+            other_holds: pages of the pool that others hold, once per hold.
+        """
+        size, sinks = self.page_size, self.sink_pages
+        for seq, s in self._sequences.items():
+            cached = s.length - s.dropped
+            assert s.length >= 0 and s.dropped >= 0 and s.dropped % size == 0, f"{seq}: {s}"
+            assert len(s.pages) == -(-cached // size), (
+                f"{seq}: {cached} tokens in {len(s.pages)} pages"
+            )
+            assert len(set(s.pages)) == len(s.pages), f"sequence {seq} has a page twice: {s.pages}"
+            if s.dropped:
+                assert self.window, f"sequence {seq} dropped {s.dropped} tokens without a window"
+                assert len(s.pages) >= sinks, f"sequence {seq} has lost its sinks: {s.pages}"
+                first = sinks * size + s.dropped  # of the positions after the gap
+                assert first <= s.length - self.window + 1, (
+                    f"sequence {seq} dropped a visible token"
+                )
+        holds = [page for s in self._sequences.values() for page in s.pages]
+        holds += self._copies.values()
+        holds += other_holds
+        self.pool.check(holds)
+        assert not self._copies.keys() & set(self._copies.values()), f"chained: {self._copies}"
+        tables = {page for s in self._sequences.values() for page in s.pages}
+        assert self._copies.keys() <= tables, f"copies into pages of no sequence: {self._copies}"
+        if self.max_sequences is not None:
+            assert len(self._sequences) <= self.max_sequences
+
+    def _get(self, seq: int) -> _Sequence:
+        try:
+            return self._sequences[seq]
+        except KeyError:
+            raise ValueError(f"there is no sequence {seq}: never added, or freed") from None
+
+    def _open(self, sequence: _Sequence) -> int:
+        if self.max_sequences is not None and len(self._sequences) >= self.max_sequences:
+            raise RequestError(
+                f"{len(self._sequences)} of {self.max_sequences} sequences are in use: "
+                "finish one first, or make the KV cache for more"
+            )
+        seq = self._next_id
+        self._next_id += 1
+        self._sequences[seq] = sequence
+        return seq
+
+    def _pages_to_drop(self, sequence: _Sequence) -> int:
+        """Pages after the sinks of which no query from position `length` on sees a token."""
+        oldest_visible = sequence.length - self.window + 1
+        invisible = oldest_visible // self.page_size - self.sink_pages
+        return max(0, invisible - sequence.dropped // self.page_size)
+
+    def _is_shared(self, page: int, leaving: int) -> bool:
+        """Whether two sequences hold the page when `leaving` of its holders have got a copy."""
+        waiting = sum(source == page for source in self._copies.values()) if self._copies else 0
+        return self.pool.holders(page) - waiting - leaving > 1
+
+    def _require(self, needed: int, dropping: list[int], steps: Sequence[tuple[int, int]]) -> None:
+        free = self.pool.free
+        if needed <= free:
+            return
+        free += sum(self.pool.holders(page) == n for page, n in Counter(dropping).items())
+        if needed <= free:
+            return
+        tokens = sum(n for _, n in steps)
+        who = f"sequence {steps[0][0]} needs"
+        if len(steps) > 1:
+            who = f"{len(steps)} sequences need"
+        raise ContextOverflowError(
+            f"{who} {needed} more {'page' if needed == 1 else 'pages'} for {tokens} "
+            f"{'token' if tokens == 1 else 'tokens'}, {free} of {self.pool.total} are free"
+        )
+
+    def _copy_on_write(self, source: int, target: int) -> None:
+        if source in self._copies:  # itself still to be filled: copy from where its content comes
+            origin = self._copies[source]
+            self.pool.retain([origin])
+            self._release([source])
+            source = origin
+        self._copies[target] = source
+
+    def _release(self, pages: Sequence[int]) -> None:
+        freed = self.pool.release(pages)
+        if self._copies:  # nobody will read the copies into these
+            self.pool.release([self._copies.pop(page) for page in freed if page in self._copies])
+
+    def _rolled_back(self, seq: int, sequence: _Sequence, length: int) -> tuple[int, int]:
+        """Pages and dropped tokens of the sequence cut to its first `length` tokens."""
+        if not 0 <= length <= sequence.length:
+            raise ValueError(f"sequence {seq} has {sequence.length} tokens: cannot keep {length}")
+        kept = self.sink_pages * self.page_size
+        if not self.can_truncate(seq, length):
+            raise RequestError(
+                f"sequence {seq} cannot go back from {sequence.length} to {length} tokens: "
+                f"positions {kept} to {kept + sequence.dropped - 1} have left its window of "
+                f"{self.window} tokens. Prefill it again from the start"
+            )
+        dropped = 0 if length <= kept else sequence.dropped
+        return -(-(length - dropped) // self.page_size), dropped
+
+    def _tables(self, sequences: list[_Sequence], counts: list[int]) -> BatchTables:
+        size = self.page_size
+        ids = array("i")
+        ends = [0]
+        for sequence in sequences:
+            ids.extend(sequence.pages)
+            ends.append(len(ids))
+        page_ids = np.frombuffer(ids, np.int32)
+        page_offsets = np.array(ends, np.int32)
+        dropped = np.array([sequence.dropped for sequence in sequences], np.int32)
+        lengths = np.array([sequence.length for sequence in sequences], np.int32)
+        kv_lengths = lengths - dropped
+        if max(counts) == 1:  # decoding: each new token is the last of its sequence
+            row_offsets = np.arange(len(counts) + 1, dtype=np.int32)
+            positions = lengths - np.int32(1)
+            pages = page_ids[page_offsets[1:] - 1]
+            # Pages begin at multiples of page_size, and so does what is dropped.
+            slots = pages * np.int32(size) + positions % np.int32(size)
+        else:
+            row_offsets = np.zeros(len(counts) + 1, np.int32)
+            np.cumsum(counts, out=row_offsets[1:])
+            # A token's position follows from its place in the step by its sequence's own shift.
+            shift = np.repeat(lengths - row_offsets[1:], counts)
+            positions = np.arange(row_offsets[-1], dtype=np.int32) + shift
+            cached = positions - np.repeat(dropped, counts)
+            pages = page_ids[np.repeat(page_offsets[:-1], counts) + cached // np.int32(size)]
+            slots = pages * np.int32(size) + positions % np.int32(size)
+        return BatchTables(
+            positions, slots, row_offsets, page_offsets, page_ids, kv_lengths, dropped
+        )
+
+
+def pages_per_sequence(
+    tokens: int, chunk: int, page_size: int, window: int = 0, sinks: int = 0
+) -> int:
+    """The most pages that one sequence ever holds, for planning memory.
+
+    Args:
+        tokens: its length at the end.
+        chunk: the most tokens that one step appends to it.
+    """
+    pages = -(-tokens // page_size)
+    if not window:
+        return pages
+    # At worst the oldest visible token is the last of its page, and a whole chunk is appended.
+    sliding = -(-sinks // page_size) + -(-(page_size - 1 + window - 1 + chunk) // page_size)
+    return min(pages, sliding)
