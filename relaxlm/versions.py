@@ -16,7 +16,7 @@ PINNED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, or None. Reads its metadata; imports nothing of it."""
+    """The version of a distribution that is installed, or None; nothing of it is imported."""
     from importlib import metadata  # here: 30 ms, and the command line's help needs none of it
 
     try:

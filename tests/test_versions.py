@@ -56,8 +56,8 @@ def test_another_tvm_ffi_is_an_error_that_names_both(monkeypatch):
     with pytest.raises(VersionError) as error:
         versions.check_versions()
     assert str(error.value) == (
-        "apache-tvm-ffi is 0.1.15.post2, expected 0.1.14.post1: relaxlm 0.1.0 works with exactly these "
-        f"releases. Install them with\n    {sys.executable} -m pip install "
+        "apache-tvm-ffi is 0.1.15.post2, expected 0.1.14.post1: relaxlm 0.1.0 works with exactly "
+        f"these releases. Install them with\n    {sys.executable} -m pip install "
         "apache-tvm==0.27.0.post1 apache-tvm-ffi==0.1.14.post1"
     )
 
@@ -67,7 +67,8 @@ def test_a_missing_tvm_and_another_tvm_ffi_are_both_named(monkeypatch):
     with pytest.raises(VersionError) as error:
         versions.check_versions()
     assert str(error.value).startswith(
-        "apache-tvm is not installed, expected 0.27.0.post1; apache-tvm-ffi is 0.1.12, expected 0.1.14.post1: "
+        "apache-tvm is not installed, expected 0.27.0.post1; "
+        "apache-tvm-ffi is 0.1.12, expected 0.1.14.post1: "
     )
 
 
