@@ -61,7 +61,7 @@ endef
 
 $(DEMO)/ready: $(PACKAGE)
 	$(new_environment)
-	@echo "== installing relaxlm and TVM (about 100 MB the first time)"
+	@echo "== installing relaxlm and TVM (about 135 MB the first time)"
 	@rm -rf build  # setuptools would install files that are no longer in relaxlm/
 	@$(DEMO)/bin/python $(PIP_INSTALL) .
 	@touch $@
@@ -70,6 +70,6 @@ $(TEST)/ready: pyproject.toml
 	$(new_environment)
 	@echo "== installing $(TORCH), the reference in tests"
 	@$(TEST)/bin/python $(PIP_INSTALL) $(TORCH)
-	@echo "== installing relaxlm[test] and TVM (about 200 MB the first time)"
+	@echo "== installing relaxlm[test] and TVM"
 	@$(TEST)/bin/python $(PIP_INSTALL) --editable '.[test]'
 	@touch $@
