@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relaxlm.errors import ConfigError, UnsupportedError
+from relaxlm.files import read_json_object
 
 if TYPE_CHECKING:
     from relaxlm.models.base import CausalLM
@@ -41,8 +42,6 @@ def load_config(source: Path | str | Mapping[str, Any]) -> "DecoderConfig":
 
 def raw_config(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The fields of config.json as written, and the name of the file for messages."""
-    from relaxlm.models.config import read_json
-
     if isinstance(source, Mapping):
         raw, where = dict(source), "config.json"
     else:
@@ -50,7 +49,11 @@ def raw_config(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Any], 
         if path.is_dir():
             found = [path / name for name in ("config.json", "mlc-chat-config.json")]
             path = next((file for file in found if file.is_file()), found[0])
-        raw, where = read_json(path), str(path)
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: no such file, expected a model folder with config.json in it"
+            )
+        raw, where = read_json_object(path, ConfigError, "a model configuration"), str(path)
     if "model_config" in raw:
         if not isinstance(raw["model_config"], dict):
             raise ConfigError(f"{where}: model_config is not a JSON object")

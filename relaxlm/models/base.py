@@ -15,7 +15,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op, spec
 
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import rotate
+from relaxlm.models.layers import rotate, take_rows
 from relaxlm.models.weights import ParameterSpec, Role, Source
 
 PAGED_ATTENTION = "relaxlm.paged_attention"
@@ -37,6 +37,7 @@ class Step:
 
     def __init__(self, config: DecoderConfig, positions: Tensor, cache: CacheHandle) -> None:
         self.config, self.cache = config, cache
+        self.scale = config.head_dim**-0.5
         self.cos, self.sin = _cos_sin(positions, config.rope.inverse_frequencies(config.head_dim))
 
     def rotary(self, x: Tensor) -> Tensor:
@@ -56,12 +57,21 @@ class Step:
         window, sinks = self.config.windows[layer], self.config.attention_sinks
         return op.extern(
             PAGED_ATTENTION,
-            [_CacheArg(self.cache._expr), q, k, v, layer, window, sinks if window else 0],
+            [
+                _as_argument(self.cache._expr),
+                q,
+                k,
+                v,
+                layer,
+                window,
+                sinks if window else 0,
+                self.scale,
+            ],
             Tensor.placeholder(q.shape, q.dtype),
         )
 
 
-def _CacheArg(expr: relax.Expr) -> Tensor:
+def _as_argument(expr: relax.Expr) -> Tensor:
     # nn.op.extern only takes tensors and numbers; the handle travels as if it were a tensor.
     handle = Tensor.__new__(Tensor)
     handle._expr = expr
@@ -107,8 +117,7 @@ class CausalLM(nn.Module):
         x = self.embed(input_ids)
         for x in self._layers(x, positions, cache):
             pass
-        x = op.take(self.model.norm(x), logit_positions, axis=0)
-        return self._logits(x)
+        return self._logits(self.model.norm(take_rows(x, logit_positions)))
 
     def hidden_states(self, input_ids: Tensor, positions: Tensor, cache: CacheHandle) -> tuple:
         """The residual stream before the first layer and after each: float32 [n, hidden] each."""

@@ -1,8 +1,6 @@
 """Reading config.json: what decides what a decoder computes."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -150,28 +148,6 @@ def unknown_fields(config: DecoderConfig, raw: Mapping[str, Any]) -> list[str]:
     """Fields of config.json that relaxlm neither uses nor knows to be without effect."""
     known = WITHOUT_EFFECT | set(type(config).model_fields) | set(config.absent)
     return sorted(key for key, value in raw.items() if key not in known and value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ConfigError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file. Expected a folder with config.json in it")
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if text.startswith("version https://git-lfs"):
-        raise ConfigError(
-            f"{path} is a Git LFS pointer, not JSON: run `git lfs pull` in its folder"
-        )
-    try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
 
 
 def _explain(error: ValidationError, where: str) -> ConfigError:

@@ -111,3 +111,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return te.compute(x.shape, element, name="rotate")
 
     return op.tensor_expr_op(compute, "rotate", [x, cos, sin])
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """[n, size] and row numbers [m] to [m, size]; the caller has checked the numbers."""
+
+    def compute(x: te.Tensor, rows: te.Tensor) -> te.Tensor:
+        return te.compute((rows.shape[0], x.shape[1]), lambda i, j: x[rows[i], j], name="take_rows")
+
+    return op.tensor_expr_op(compute, "take_rows", [x, rows])

@@ -1,0 +1,246 @@
+"""Compile a model: configuration, scheme and target in, one library out. No weights are read."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from relaxlm import models
+from relaxlm.compiler.cuda import check_device_code, cuda_compilation
+from relaxlm.compiler.kernels.attention import PAGE_SIZE
+from relaxlm.compiler.link import export_library
+from relaxlm.compiler.options import CompileOptions
+from relaxlm.compiler.pipeline import (
+    Lowering,
+    compute_dtype,
+    instruction_passes,
+    lowering_passes,
+    memory_passes,
+)
+from relaxlm.compiler.target import DeviceTarget
+from relaxlm.models.config import DecoderConfig
+from relaxlm.quantization.schemes import Scheme
+from relaxlm.runtime.metadata import (
+    CONTRACT,
+    CacheInfo,
+    LibraryMetadata,
+    Limits,
+    MemoryPlan,
+    TargetInfo,
+    TensorInfo,
+)
+from relaxlm.versions import PINNED, RELAXLM_VERSION
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class CompiledModel:
+    """A compiled model in memory.
+
+    Attributes:
+        executable: for `relax.VirtualMachine`.
+        metadata: what the library will say of itself.
+        seconds: compile time by stage.
+    """
+
+    executable: Any
+    metadata: LibraryMetadata
+    device: DeviceTarget
+    seconds: dict[str, float]
+
+    def save(self, output: Path) -> None:
+        """Write the library; it appears under its name only when complete.
+
+        Raises:
+            ConfigError: the suffix does not fit the target.
+            ToolchainError: no linker, or it failed.
+            CompileError: a CUDA library without machine code for some architecture.
+        """
+        self.device.check_output(output)
+        export_library(self.executable, output)
+        if self.device.kind == "cuda":
+            check_device_code(output, self.device.arch)
+
+
+def compile_model(
+    config: DecoderConfig,
+    raw_config: Mapping[str, Any],
+    scheme: Scheme,
+    device: DeviceTarget,
+    options: CompileOptions,
+    debug_dump: Path | None = None,
+    progress: Progress = lambda stage, share: None,
+) -> CompiledModel:
+    """Compile a model for one device.
+
+    Args:
+        config: the checked configuration.
+        raw_config: config.json as read; kept in the library, so that it can be compiled again.
+        debug_dump: a folder for the IR after each pass and, for CUDA, the kernels.
+        progress: called with a stage's name and the share of the work done before it.
+
+    Raises:
+        CompileError: TVM, LLVM or nvcc failed.
+    """
+    config = config.with_window(options.sliding_window_size, options.attention_sink_size)
+    target = device.tvm_target()
+    seconds: dict[str, float] = {}
+    clock = _Stages(seconds, progress)
+
+    clock.start("export", 0.0)
+    model = models.create(config, compute_dtype(device.kind, scheme))
+    module, _ = model.export_tvm(spec=model.export_spec())
+    specs = model.parameter_specs()
+    lowering = Lowering(config, specs, scheme, options.kv_format, device.kind)
+
+    clock.start("lower", 0.1)
+    instruments = []
+    if debug_dump is not None:
+        debug_dump.mkdir(parents=True, exist_ok=True)
+        instruments.append(tvm.ir.instrument.DumpIR(str(debug_dump)))
+    with target, tvm.transform.PassContext(opt_level=3, instruments=instruments):
+        module = tvm.transform.Sequential(lowering_passes(lowering))(module)
+        bounds = _bounds(options)
+        module = _bound_shapes(module, bounds)
+        module = tvm.transform.Sequential(memory_passes())(module)
+        temporary = _temporary_bytes(module, bounds)
+        module = tvm.transform.Sequential(instruction_passes())(module)
+
+    metadata = _metadata(config, raw_config, scheme, device, options, lowering, temporary)
+    module = _add_metadata(module, metadata.model_dump_json())
+
+    clock.start("generate code", 0.4)
+    cuda = device.kind == "cuda"
+    archs_dump = (device.arch, debug_dump)
+    with cuda_compilation(*archs_dump) if cuda else nullcontext():
+        executable = tvm.compile(module, target=target, relax_pipeline=tvm.transform.Sequential([]))
+    clock.stop()
+    return CompiledModel(executable, metadata, device, seconds)
+
+
+class _Stages:
+    def __init__(self, seconds: dict[str, float], progress: Progress) -> None:
+        self.seconds, self.progress, self.current = seconds, progress, ("", 0.0)
+
+    def start(self, name: str, share: float) -> None:
+        self.stop()
+        self.current = (name, time.perf_counter())
+        self.progress(name, share)
+
+    def stop(self) -> None:
+        if self.current[0]:
+            self.seconds[self.current[0]] = time.perf_counter() - self.current[1]
+
+
+def _bounds(options: CompileOptions) -> dict[str, int]:
+    """The largest value of each symbolic length of a step (docs/architecture.md)."""
+    return {
+        "n": options.prefill_chunk_size,
+        "m": options.max_batch_size,
+        "b": options.max_batch_size,
+        "p": options.max_batch_size * -(-options.context_window_size // PAGE_SIZE),
+    }
+
+
+def _bound_shapes(module: tvm.IRModule, bounds: Mapping[str, int]) -> tvm.IRModule:
+    """Tell the memory planner the largest value of each symbolic length."""
+    for name, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            module[name] = function.with_attr("tir_var_upper_bound", dict(bounds))
+    return module
+
+
+def _metadata(
+    config: DecoderConfig,
+    raw_config: Mapping[str, Any],
+    scheme: Scheme,
+    device: DeviceTarget,
+    options: CompileOptions,
+    lowering: Lowering,
+    temporary: dict[str, int],
+) -> LibraryMetadata:
+    params = [
+        TensorInfo(name=name, shape=shape, dtype=dtype)
+        for spec in lowering.specs
+        for name, (shape, dtype) in scheme.storage(spec).items()
+    ]
+    tensors = [
+        TensorInfo(name=f"{layer}.{tensor.name}", shape=tensor.page_shape, dtype=tensor.dtype)
+        for layer in range(config.num_hidden_layers)
+        for tensor in lowering.page_tensors(layer)
+    ]
+    return LibraryMetadata(
+        contract=CONTRACT,
+        versions={"relaxlm": RELAXLM_VERSION, **PINNED},
+        model_type=config.model_type,
+        quantization=scheme.name,
+        model_config_json=dict(raw_config),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        target=TargetInfo(**device.describe()),
+        opt=options.opt,
+        limits=Limits(
+            context_window_size=options.context_window_size,
+            prefill_chunk_size=options.prefill_chunk_size,
+            max_batch_size=options.max_batch_size,
+            sliding_window_size=config.sliding_window,
+            attention_sink_size=config.attention_sinks if config.sliding_window else 0,
+        ),
+        kv_cache=CacheInfo(
+            dtype=options.kv_format.name,
+            page_size=PAGE_SIZE,
+            num_layers=config.num_hidden_layers,
+            tensors=tensors,
+            bytes_per_token=config.num_hidden_layers
+            * options.kv_format.bytes_per_token(config.num_key_value_heads, config.head_dim),
+        ),
+        params=params,
+        memory=MemoryPlan(
+            params=sum(math.prod(p.shape) * _itemsize(p.dtype) for p in params),
+            temporary=temporary,
+        ),
+    )
+
+
+def _temporary_bytes(module: tvm.IRModule, bounds: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of storage that the memory plan gives each function, at the largest lengths."""
+    sizes: dict[str, int] = {}
+    alloc = tvm.ir.Op.get("relax.memory.alloc_storage")
+    for name, function in module.functions_items():
+        if not isinstance(function, relax.Function):
+            continue
+        total = 0
+        symbols = {var.name for var in relax.analysis.defined_symbolic_vars(function)}
+        largest = {name: size for name, size in bounds.items() if name in symbols}
+
+        def visit(expr: relax.Expr) -> None:
+            nonlocal total
+            if isinstance(expr, relax.Call) and expr.op == alloc:
+                total += math.prod(int(extent) for extent in expr.args[0].values)
+
+        relax.analysis.post_order_visit(function.bind_symbolic_vars(largest).body, visit)
+        sizes[name.name_hint] = total
+    return sizes
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def _add_metadata(module: tvm.IRModule, text: str) -> tvm.IRModule:
+    builder = relax.BlockBuilder(module)
+    with builder.function("_metadata", []):
+        builder.emit_func_output(tvm.ir.StringImm(text))
+    module = builder.finalize()
+    for name, function in module.functions_items():
+        if name.name_hint == "_metadata":
+            module[name] = function.with_attr("global_symbol", "_metadata")
+    return module

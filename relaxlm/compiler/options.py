@@ -1,0 +1,119 @@
+"""What a user may choose when compiling: limits, the cache's format and the optimisation level."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from relaxlm.errors import ConfigError
+from relaxlm.models.config import DecoderConfig
+from relaxlm.quantization.kv_cache import KVFormat, get_kv_format
+from relaxlm.quantization.schemes import Scheme
+
+# The most tokens of one step where nothing else is said: enough to use the matrix units of a CPU
+# or a GPU well, and small enough that temporary buffers stay in tens of megabytes.
+DEFAULT_PREFILL_CHUNK = 2048
+# Sequences that one step may hold, and rows of logits that it may return.
+DEFAULT_MAX_BATCH = 16
+
+OPT_LEVELS = ("O0", "O1", "O2", "O3")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """The limits a library is compiled for; counts are in tokens.
+
+    `sliding_window_size` 0 means what the model itself says. `opt` is LLVM's and nvcc's level.
+    """
+
+    context_window_size: int
+    prefill_chunk_size: int
+    max_batch_size: int
+    sliding_window_size: int
+    attention_sink_size: int
+    kv_format: KVFormat
+    opt: str
+
+    @staticmethod
+    def resolve(
+        config: DecoderConfig,
+        scheme: Scheme,
+        chat: Mapping[str, Any] | None = None,
+        overrides: str | None = None,
+        opt: str = "O2",
+    ) -> "CompileOptions":
+        """Combine the model's own limits, mlc-chat-config.json and `--overrides`, in this order.
+
+        Args:
+            chat: mlc-chat-config.json, whose limits count unless they are -1 or null.
+            overrides: "context_window_size=4096;kv_cache_dtype=fp8".
+
+        Raises:
+            ConfigError: an unknown key, a malformed value, or limits that contradict each other.
+        """
+        if opt not in OPT_LEVELS:
+            raise ConfigError(f"--opt {opt}: expected one of {', '.join(OPT_LEVELS)}")
+        given = dict(parse_overrides(overrides))
+        chat = {**(chat or {}), **((chat or {}).get("model_config") or {})} if chat else {}
+
+        def limit(key: str, default: int) -> int:
+            if key in given:
+                return int(given[key])
+            value = chat.get(key)
+            return value if isinstance(value, int) and value > 0 else default
+
+        context = limit("context_window_size", config.max_position_embeddings)
+        window = limit("sliding_window_size", 0)
+        options = CompileOptions(
+            context,
+            limit("prefill_chunk_size", min(context, DEFAULT_PREFILL_CHUNK)),
+            limit("max_batch_size", DEFAULT_MAX_BATCH),
+            window,
+            limit("attention_sink_size", config.attention_sinks),
+            get_kv_format(str(given.get("kv_cache_dtype", scheme.dtype))),
+            opt,
+        )
+        return options._checked()
+
+    def _checked(self) -> "CompileOptions":
+        if self.prefill_chunk_size > self.context_window_size:
+            return replace(self, prefill_chunk_size=self.context_window_size)._checked()
+        if self.max_batch_size > self.prefill_chunk_size:
+            # A step holds at least one token of each sequence.
+            return replace(self, max_batch_size=self.prefill_chunk_size)
+        return self
+
+
+def parse_overrides(text: str | None) -> dict[str, int | str]:
+    """ "a=1;b=2" as a dictionary; sizes as positive integers.
+
+    Raises:
+        ConfigError: names the part that is wrong and the keys there are.
+    """
+    known = (
+        "context_window_size",
+        "prefill_chunk_size",
+        "max_batch_size",
+        "sliding_window_size",
+        "attention_sink_size",
+        "kv_cache_dtype",
+    )
+    result: dict[str, int | str] = {}
+    for part in (text or "").split(";"):
+        if not part.strip():
+            continue
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in known:
+            raise ConfigError(
+                f"--overrides: {part.strip()!r} is not understood, expected KEY=VALUE separated by "
+                f"';' with a key of: {', '.join(known)}"
+            )
+        if key == "kv_cache_dtype":
+            result[key] = value
+            continue
+        lowest = 0 if key == "attention_sink_size" else 1
+        if not value.isdigit() or int(value) < lowest:
+            raise ConfigError(
+                f"--overrides: {key}={value!r}, expected a whole number of tokens from {lowest} on"
+            )
+        result[key] = int(value)
+    return result

@@ -1,0 +1,52 @@
+"""Multiply with weights in their stored form on CPUs.
+
+    w = dequantize(q, s); y = matmul(x, permute_dims(w))   ->   y = call_tir(matmul, (x, q, s))
+
+The same for weights that are only cast, or stored as they are used. Without it a step writes every
+weight out as float32 first, and multiplies with one thread. Runs before LegalizeOps.
+"""
+
+import tvm
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from relaxlm.compiler.kernels.cpu_matmul import matmul_kernel
+from relaxlm.compiler.passes.weights import stored_weight
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerMatmulCPU")
+class LowerMatmulCPU:
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        rewriter = _Rewriter(mod)
+        for name, function in mod.functions_items():
+            if isinstance(function, relax.Function):
+                rewriter.builder_.update_func(name, rewriter.visit_expr(function))
+        return relax.transform.DeadCodeElimination()(rewriter.builder_.finalize())
+
+
+@mutator
+class _Rewriter(PyExprMutator):
+    def __init__(self, mod: tvm.IRModule) -> None:
+        super().__init__(mod)
+        self.mod = mod
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = super().visit_call_(call)
+        if call.op != tvm.ir.Op.get("relax.matmul"):
+            return call
+        x, transposed = call.args
+        permute = self.lookup_binding(transposed) if isinstance(transposed, relax.Var) else None
+        is_transpose = (
+            isinstance(permute, relax.Call)
+            and permute.op == tvm.ir.Op.get("relax.permute_dims")
+            and permute.attrs.axes is None
+        )
+        if not is_transpose or len(x.ty.shape) != 2 or str(x.ty.dtype) != "float32":
+            return call
+        weight = stored_weight(self.mod, permute.args[0], self.lookup_binding)
+        if weight is None or len(weight.shape) != 2:
+            return call
+        dtype = str(weight.stored[-1].ty.dtype)
+        kernel = matmul_kernel(weight.shape, weight.quant, dtype, str(call.ty.dtype))
+        function = self.builder_.add_func(kernel, "matmul")
+        return relax.call_tir(function, [x, *weight.stored], call.ty)

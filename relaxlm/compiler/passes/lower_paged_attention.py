@@ -1,0 +1,182 @@
+"""Turn the models' abstract attention into kernels for one target and one KV-cache format.
+
+    forward(ids, positions, cache: Object, rows, *params):
+        out = call_dps_packed("relaxlm.paged_attention", (cache, q, k, v, layer, window, sinks, scale))
+    ->
+    forward(ids, positions, slots, row_offsets, page_offsets, page_ids, kv_lengths, dropped,
+            rows, kv: Tuple[pages, ...], *params):
+        pages' = call_tir_inplace(append, (k, v, slots, pages))
+        out = call_tir(attend, (q, positions, ..., pages'))
+
+and add `copy_pages(kv, sources, targets)` for copy-on-write. The models' IR is the same for every
+format; only this pass and its kernels know what a page looks like. Runs before LegalizeOps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax, tirx
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor, copy_kernel
+from relaxlm.models.base import PAGED_ATTENTION
+from relaxlm.models.config import DecoderConfig
+from relaxlm.quantization.kv_cache import KVFormat
+
+# What the runtime says of a step, in this order (docs/architecture.md): name -> its length.
+TABLES = {
+    "slots": "n",
+    "row_offsets": "b + 1",
+    "page_offsets": "b + 1",
+    "page_ids": "p",
+    "kv_lengths": "b",
+    "dropped": "b",
+}
+
+
+@dataclass(frozen=True)
+class AttentionKernels:
+    """The kernels of one target: see `compiler/kernels/cpu_attention.py` for their arguments."""
+
+    page_tensors: Callable[[AttentionShape, KVFormat], tuple[PageTensor, ...]]
+    append: Callable[[AttentionShape, KVFormat, str], tirx.PrimFunc]
+    attend: Callable[[AttentionShape, KVFormat, str], tirx.PrimFunc]
+
+
+def layer_shape(config: DecoderConfig, layer: int) -> AttentionShape:
+    """The attention of one layer, as far as its pages go."""
+    window = config.windows[layer]
+    return AttentionShape(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        window,
+        config.attention_sinks if window else 0,
+        config.head_dim**-0.5,
+    )
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerPagedAttention")
+class LowerPagedAttention:
+    def __init__(self, config: DecoderConfig, format: KVFormat, kernels: AttentionKernels) -> None:
+        self.config, self.format, self.kernels = config, format, kernels
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        rewriter = _Rewriter(mod, self)
+        for name, function in mod.functions_items():
+            if isinstance(function, relax.Function):
+                if any(param.name == "cache" for param in function.params):
+                    rewriter.builder_.update_func(name, rewriter.rewrite(function))
+        mod = rewriter.builder_.finalize()
+        return _add_copy_pages(mod, self.page_type())
+
+    def layer_tensors(self, layer: int) -> tuple[PageTensor, ...]:
+        return self.kernels.page_tensors(layer_shape(self.config, layer), self.format)
+
+    def page_type(self) -> relax.TupleType:
+        """All layers' tensors in one tuple: layer 0's k, v, (scales), then layer 1's."""
+        pages = tirx.Var("pages", "int64")
+        return relax.TupleType(
+            [
+                relax.TensorType((pages, *tensor.page_shape), tensor.dtype)
+                for layer in range(self.config.num_hidden_layers)
+                for tensor in self.layer_tensors(layer)
+            ]
+        )
+
+
+@mutator
+class _Rewriter(PyExprMutator):
+    def __init__(self, mod: tvm.IRModule, lowering: LowerPagedAttention) -> None:
+        super().__init__(mod)
+        self.lowering = lowering
+
+    def rewrite(self, function: relax.Function) -> relax.Function:
+        inputs = int(function.attrs["num_input"])
+        self.positions = next(param for param in function.params if param.name == "positions")
+        n = self.positions.ty.shape[0]
+        batch, table = tirx.Var("b", "int64"), tirx.Var("p", "int64")
+        extents = {"n": n, "b": batch, "b + 1": batch + 1, "p": table}
+        self.tables = {
+            name: relax.Var(name, relax.TensorType((extents[length],), "int32"))
+            for name, length in TABLES.items()
+        }
+        self.kv = relax.Var("kv", self.lowering.page_type())
+        leading = []
+        for param in function.params[:inputs]:
+            leading += list(self.tables.values()) if param.name == "cache" else [param]
+        params = [*leading, self.kv, *function.params[inputs:]]
+        # The builder has to know the new symbolic lengths while it emits.
+        self.builder_.begin_scope(params)
+        body = self.visit_expr(function.body)
+        self.builder_.end_scope()
+        rewritten = relax.Function(params, body, function.ret_ty, attrs=function.attrs)
+        return rewritten.with_attr("num_input", len(leading) + 1)
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = super().visit_call_(call)
+        is_attention = (
+            call.op == tvm.ir.Op.get("relax.call_dps_packed")
+            and isinstance(call.args[0], relax.ExternFunc)
+            and call.args[0].global_symbol == PAGED_ATTENTION
+        )
+        return self._attention(call) if is_attention else call
+
+    def _attention(self, call: relax.Call) -> relax.Expr:
+        _, q, k, v, layer, window, sinks, scale = call.args[1]
+        layer, window, sinks = int(layer.value), int(window.value), int(sinks.value)
+        shape = AttentionShape(
+            int(q.ty.shape[1]), int(k.ty.shape[1]), int(q.ty.shape[2]), window, sinks, scale.value
+        )
+        kernels, format, dtype = self.lowering.kernels, self.lowering.format, str(q.ty.dtype)
+        tensors = kernels.page_tensors(shape, format)
+        pages = [
+            self.builder_.emit(relax.TupleGetItem(self.kv, layer * len(tensors) + i))
+            for i in range(len(tensors))
+        ]
+        # The append does not depend on window and scale: one kernel for all layers of a shape.
+        append = self.builder_.add_func(
+            kernels.append(
+                AttentionShape(shape.q_heads, shape.kv_heads, shape.head_dim, 0, 0, 0.0),
+                format,
+                dtype,
+            ),
+            "append_to_pages",
+        )
+        updated = self.builder_.emit(
+            relax.call_tir_inplace(
+                append,
+                [k, v, self.tables["slots"], *pages],
+                list(range(3, 3 + len(tensors))),
+                [page.ty for page in pages],
+            )
+        )
+        pages = [self.builder_.emit(relax.TupleGetItem(updated, i)) for i in range(len(tensors))]
+        attend = self.builder_.add_func(kernels.attend(shape, format, dtype), "paged_attention")
+        names = ("row_offsets", "page_offsets", "page_ids", "kv_lengths", "dropped")
+        return relax.call_tir(
+            attend,
+            [q, self.positions, *(self.tables[name] for name in names), *pages],
+            relax.TensorType(q.ty.shape, dtype),
+        )
+
+
+def _add_copy_pages(mod: tvm.IRModule, kv_type: relax.TupleType) -> tvm.IRModule:
+    builder = relax.BlockBuilder(mod)
+    count = tirx.Var("k", "int64")
+    kv = relax.Var("kv", kv_type)
+    sources = relax.Var("sources", relax.TensorType((count,), "int32"))
+    targets = relax.Var("targets", relax.TensorType((count,), "int32"))
+    with builder.function("copy_pages", [kv, sources, targets]):
+        with builder.dataflow():
+            copied = []
+            for index, tensor in enumerate(kv_type.fields):
+                page_shape = tuple(int(extent) for extent in list(tensor.shape)[1:])
+                kernel = builder.add_func(copy_kernel(page_shape, str(tensor.dtype)), "copy")
+                pages = builder.emit(relax.TupleGetItem(kv, index))
+                call = relax.call_tir_inplace(kernel, [pages, sources, targets], [0], [tensor])
+                copied.append(builder.emit(call))
+            out = builder.emit_output(relax.Tuple(copied))
+        builder.emit_func_output(out)
+    return builder.finalize()

@@ -1,0 +1,91 @@
+"""Every pass in order: the only file that knows the order."""
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+
+from relaxlm.compiler.kernels import cpu_attention
+from relaxlm.compiler.kernels.attention import PageTensor
+from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
+from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
+from relaxlm.compiler.passes.lower_paged_attention import (
+    AttentionKernels,
+    LowerPagedAttention,
+    layer_shape,
+)
+from relaxlm.models.config import DecoderConfig
+from relaxlm.models.weights import ParameterSpec
+from relaxlm.quantization.kv_cache import KVFormat
+from relaxlm.quantization.schemes import Scheme
+from relaxlm.quantization.transform import QuantizeParameters
+
+ATTENTION = {
+    "cpu": AttentionKernels(
+        cpu_attention.page_tensors, cpu_attention.append_kernel, cpu_attention.attend_kernel
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What the passes need to know besides the IR; `kind` is that of the target."""
+
+    config: DecoderConfig
+    specs: list[ParameterSpec]
+    scheme: Scheme
+    kv_format: KVFormat
+    kind: str
+
+    def page_tensors(self, layer: int) -> tuple[PageTensor, ...]:
+        """The cache tensors of one layer."""
+        return ATTENTION[self.kind].page_tensors(layer_shape(self.config, layer), self.kv_format)
+
+
+def compute_dtype(kind: str, scheme: Scheme) -> str:
+    """The dtype of activations: CPUs convert f16 and bf16 as they read them and compute in f32."""
+    return "float32" if kind == "cpu" else scheme.dtype
+
+
+def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
+    """From a model's float IR to loop nests, one function per group of operators."""
+    dtype = compute_dtype(lowering.kind, lowering.scheme)
+    kernels = ATTENTION[lowering.kind]
+    return [
+        # Float model -> stored weights, one cache format.
+        QuantizeParameters(lowering.specs, lowering.scheme, dtype),
+        LowerPagedAttention(lowering.config, lowering.kv_format, kernels),
+        relax.transform.BundleModelParams("params"),
+        # Weights -> kernels that read what is stored.
+        LowerEmbedding(),
+        *([LowerMatmulCPU()] if lowering.kind == "cpu" else []),
+        # The other operators: one loop nest per group.
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+    ]
+
+
+def memory_passes() -> list[tvm.transform.Pass]:
+    """From calls that return tensors to calls that write into planned memory."""
+    return [
+        relax.transform.RewriteDataflowReshape(),
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        relax.transform.LowerAllocTensor(),
+    ]
+
+
+def instruction_passes() -> list[tvm.transform.Pass]:
+    """From Relax with explicit memory to instructions of the VM."""
+    return [
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]

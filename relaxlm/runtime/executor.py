@@ -1,0 +1,206 @@
+"""Runs steps of a compiled model: the only runtime file that holds tensors."""
+
+import mmap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from relaxlm.errors import ContextOverflowError, LibraryError, RequestError
+from relaxlm.runtime.library import Library
+from relaxlm.runtime.params import WeightFolder, to_tvm
+from relaxlm.runtime.sequence_table import BatchTables
+from relaxlm.runtime.threads import set_default_threads
+
+
+class Memory(NamedTuple):
+    """Bytes on the device: weights, the KV cache, and the buffers of the largest step."""
+
+    params: int
+    kv_cache: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.params + self.kv_cache + self.temporary
+
+
+class Executor:
+    """A library with weights and a KV cache of `pages` pages, ready for steps.
+
+    Not thread-safe: TVM's pool of worker threads belongs to the thread that calls it.
+    """
+
+    def __init__(self, library: Library, weights: WeightFolder, pages: int) -> None:
+        """
+        Args:
+            pages: of the KV cache, `kv_cache.page_size` tokens each.
+
+        Raises:
+            WeightsError: the folder's tensors are not those that the library was compiled for.
+            LibraryError: the library's device is not there.
+        """
+        info = library.metadata
+        weights.check({param.name: (param.shape, param.dtype) for param in info.params})
+        self._prepare(library, pages)
+        self._set_params([weights.load_tvm(param.name) for param in info.params])
+
+    @classmethod
+    def from_arrays(
+        cls, library: Library, params: Mapping[str, np.ndarray], pages: int
+    ) -> "Executor":
+        """The same with weights from memory: parameter name -> array."""
+        self = cls.__new__(cls)
+        self._prepare(library, pages)
+        arrays = (params[param.name] for param in library.metadata.params)
+        self._set_params([to_tvm(_aligned_copy(array)) for array in arrays])
+        return self
+
+    def _prepare(self, library: Library, pages: int) -> None:
+        set_default_threads()
+        self.library, self.metadata, self.pages = library, library.metadata, pages
+        self.device = _device(library)
+        self.on_gpu = self.metadata.target.kind != "cpu"
+        from tvm.runtime.vm import VirtualMachine
+
+        machine = VirtualMachine(library.module, self.device)
+        self._forward, self._copy = machine["forward"], machine["copy_pages"]
+        self._hidden, self._embed = machine["hidden_states"], machine["embed"]
+        self.limits, self.vocab_size = self.metadata.limits, self.metadata.vocab_size
+        self._kv = _array(
+            [
+                self._empty_pages(tensor.shape, tensor.dtype)
+                for tensor in self.metadata.kv_cache.tensors
+            ]
+        )
+
+    def _set_params(self, tensors: Sequence[Any]) -> None:
+        moved = [tensor.copyto(self.device) for tensor in tensors] if self.on_gpu else tensors
+        self._params = _array(moved)
+
+    def memory(self) -> Memory:
+        """Bytes used on the device."""
+        cache = self.metadata.kv_cache
+        return Memory(
+            self.metadata.memory.params,
+            self.pages * cache.page_size * cache.bytes_per_token,
+            max(self.metadata.memory.temporary.values()),
+        )
+
+    def forward(
+        self, tables: BatchTables, input_ids: np.ndarray, logit_positions: np.ndarray
+    ) -> np.ndarray:
+        """Run one step.
+
+        Args:
+            tables: of the step's sequences, from `PagedSequences.batch`.
+            input_ids: [n] int32, the new tokens of all sequences, one after the other.
+            logit_positions: [m] int32, the rows of the step whose logits are wanted.
+
+        Returns:
+            [m, vocab] float32.
+
+        Raises:
+            RequestError: a token id outside the vocabulary.
+            ContextOverflowError: more tokens, sequences or rows than the library was compiled for.
+        """
+        self._check(input_ids, len(tables.kv_lengths), len(logit_positions))
+        arrays = (input_ids, *tables, logit_positions)
+        logits = self._forward(*(self._tensor(array) for array in arrays), self._kv, self._params)
+        return logits.numpy()
+
+    def hidden_states(self, tables: BatchTables, input_ids: np.ndarray) -> list[np.ndarray]:
+        """The residual stream [n, hidden] float32 before the first layer and after each."""
+        self._check(input_ids, len(tables.kv_lengths), 0)
+        arrays = (input_ids, *tables)
+        states = self._hidden(*(self._tensor(array) for array in arrays), self._kv, self._params)
+        return [state.numpy() for state in states]
+
+    def embed(self, input_ids: np.ndarray) -> np.ndarray:
+        """Token ids [n] int32 to the vectors that the first layer reads, [n, hidden] float32."""
+        self._check(input_ids, 1, 0)
+        return self._embed(self._tensor(input_ids), self._params).numpy().astype(np.float32)
+
+    def copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Copy whole pages in every layer, before the step that writes to the copies.
+
+        Args:
+            sources, targets: [k] int32 page numbers; no page is in both.
+        """
+        if len(sources):
+            self._copy(self._kv, self._tensor(sources), self._tensor(targets))
+
+    def _check(self, input_ids: np.ndarray, sequences: int, rows: int) -> None:
+        limits = self.limits
+        # The planned buffers have room for this much and no more.
+        for what, count, limit, option in (
+            ("tokens", len(input_ids), limits.prefill_chunk_size, "prefill_chunk_size"),
+            ("sequences", sequences, limits.max_batch_size, "max_batch_size"),
+            ("rows of logits", rows, limits.max_batch_size, "max_batch_size"),
+        ):
+            if count > limit:
+                raise ContextOverflowError(
+                    f"a step with {count} {what}: {self.library.path} was compiled for {limit}; "
+                    f'compile with --overrides "{option}={count}"'
+                )
+        if len(input_ids) and not (0 <= input_ids.min() and input_ids.max() < self.vocab_size):
+            wrong = input_ids[(input_ids < 0) | (input_ids >= self.vocab_size)][0]
+            raise RequestError(
+                f"token id {wrong} is outside the model's vocabulary of {self.vocab_size}"
+            )
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        from tvm.runtime import tensor
+
+        return tensor(np.ascontiguousarray(array, np.int32), self.device)
+
+    def _empty_pages(self, page_shape: tuple[int, ...], dtype: str) -> Any:
+        """[pages, *page_shape] of zeros; on a CPU, memory is taken only as pages are written."""
+        import tvm
+
+        shape = (self.pages, *page_shape)
+        stored = _NUMPY_BITS.get(dtype, dtype)
+        size = int(np.prod(shape)) * np.dtype(stored).itemsize
+        zeros = np.frombuffer(mmap.mmap(-1, max(size, 1)), stored, int(np.prod(shape)))
+        host = to_tvm(zeros.reshape(shape))
+        if stored != dtype:
+            host = host._create_view(shape, dtype)
+        if not self.on_gpu:
+            return host
+        tensor = tvm.runtime.empty(shape, dtype, self.device)
+        tensor.copyfrom(host)
+        return tensor
+
+
+_NUMPY_BITS = {"bfloat16": "uint16"}
+
+
+def _array(tensors: Sequence[Any]) -> Any:
+    """A tuple of tensors that is handed to the VM at every step without being converted again."""
+    import tvm_ffi
+
+    return tvm_ffi.Array(list(tensors))
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    buffer = np.empty(array.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    aligned = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned[...] = array
+    return aligned
+
+
+def _device(library: Library) -> Any:
+    import tvm
+
+    kind = library.metadata.target.kind
+    if kind == "cpu":
+        return tvm.cpu()
+    from relaxlm.runtime import cuda
+
+    if not cuda.load_runtime() or not tvm.cuda(0).exist:
+        raise LibraryError(
+            f"{library.path} was compiled for cuda, and no usable NVIDIA GPU is here; compile for "
+            "this machine with `relaxlm compile FOLDER --device cpu`"
+        )
+    return tvm.cuda(0)

@@ -1,0 +1,72 @@
+"""What a compiled library says of itself: the JSON behind its `_metadata` function."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+# Counts changes of the contract between library and runtime; they must agree.
+CONTRACT = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetInfo(_Strict):
+    """What the code runs on; `cpu_features` are LLVM's names of extensions the code may use."""
+
+    kind: str
+    arch: list[str]
+    cpu: str
+    cpu_features: list[str]
+
+
+class Limits(_Strict):
+    """Counts of tokens; `sliding_window_size` is 0 where some layer attends to everything."""
+
+    context_window_size: int
+    prefill_chunk_size: int
+    max_batch_size: int
+    sliding_window_size: int
+    attention_sink_size: int
+
+
+class TensorInfo(_Strict):
+    """A parameter, by its name in the weight folder, in the order of the `params` tuple."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class CacheInfo(_Strict):
+    """The KV cache: `tensors` in the order of the `kv` tuple, each [pages, *shape] when allocated."""
+
+    dtype: str
+    page_size: int
+    num_layers: int
+    tensors: list[TensorInfo]
+    bytes_per_token: int
+
+
+class MemoryPlan(_Strict):
+    """Bytes: all parameters; the buffers each function needs besides parameters and cache."""
+
+    params: int
+    temporary: dict[str, int]
+
+
+class LibraryMetadata(_Strict):
+    contract: int
+    versions: dict[str, str]
+    model_type: str
+    quantization: str
+    model_config_json: dict[str, Any]
+    hidden_size: int
+    vocab_size: int
+    target: TargetInfo
+    opt: str
+    limits: Limits
+    kv_cache: CacheInfo
+    params: list[TensorInfo]
+    memory: MemoryPlan

@@ -1,0 +1,145 @@
+"""Compare a compiled model with transformers: tiny random checkpoints, both sides on the CPU."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from relaxlm import models
+from relaxlm.compiler.build import compile_model
+from relaxlm.compiler.options import CompileOptions
+from relaxlm.compiler.target import resolve_device
+from relaxlm.quantization.schemes import get_scheme
+from relaxlm.runtime.executor import Executor
+from relaxlm.runtime.library import Library
+from relaxlm.runtime.page_pool import PagePool
+from relaxlm.runtime.sequence_table import PagedSequences
+
+VOCAB = 131
+
+
+def tiny_config(model_type: str, **change) -> dict:
+    """A config.json of two small layers; every value that could be mistaken for another differs."""
+    return {
+        "model_type": model_type,
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256,
+        "rope_theta": 5000.0,
+        "tie_word_embeddings": False,
+        **change,
+    }
+
+
+def reference_model(raw: dict) -> transformers.PreTrainedModel:
+    """The model transformers builds from a config.json, with no weight left at its default."""
+    config = transformers.AutoConfig.for_model(**raw)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # ones by default, which would hide a swapped norm
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):  # zeros by default, which would hide a missing one
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.normal_(0, 0.08)
+    return model.eval()
+
+
+def stored_parameters(raw: dict, state: dict[str, torch.Tensor], scheme_name: str) -> dict:
+    """Checkpoint tensors as the scheme stores them: the fused ones joined, matrices quantized."""
+    scheme = get_scheme(scheme_name)
+    stored = {}
+    for spec in models.parameter_specs(models.load_config(raw)):
+        parts = [state[source.name].numpy() for source in spec.sources]
+        value = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        assert value.shape == spec.shape, spec
+        quant = scheme.for_role(spec.role)
+        names = list(scheme.storage(spec))
+        arrays = list(quant.quantize(value).values()) if quant else [_cast(value, scheme.dtype)]
+        stored |= dict(zip(names, arrays, strict=True))
+    return stored
+
+
+def dequantized_state(raw: dict, state: dict[str, torch.Tensor], scheme_name: str) -> dict:
+    """The checkpoint with every value replaced by what the scheme keeps of it."""
+    scheme, result = get_scheme(scheme_name), {}
+    for spec in models.parameter_specs(models.load_config(raw)):
+        quant = scheme.for_role(spec.role)
+        for source in spec.sources:
+            value = state[source.name].numpy()
+            kept = quant.dequantize(quant.quantize(value), value.shape) if quant else None
+            if kept is None:
+                kept = _cast(value, scheme.dtype).astype(np.float32)
+            result[source.name] = torch.from_numpy(kept)
+    return result
+
+
+def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
+    import ml_dtypes
+
+    return value.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+class Compiled:
+    """A compiled tiny model with its cache and page tables."""
+
+    def __init__(self, raw: dict, params: dict, scheme: str, overrides: str = "") -> None:
+        config = models.load_config(raw)
+        options = CompileOptions.resolve(config, get_scheme(scheme), overrides=overrides)
+        built = compile_model(config, raw, get_scheme(scheme), resolve_device("cpu"), options)
+        library = Library(built.executable, built.metadata, Path("memory"))
+        self.limits = built.metadata.limits
+        self.executor = Executor.from_arrays(library, params, pages=64)
+        self.sequences = PagedSequences(
+            PagePool(64), 16, self.limits.sliding_window_size, self.limits.attention_sink_size
+        )
+
+    def run(self, prompts: list[np.ndarray], chunks: list[int]) -> list[np.ndarray]:
+        """Feed sequences together, `chunks` tokens of each per step, and collect every row's logits.
+
+        Logits come `max_batch_size` rows at a time, so a step is repeated for further rows: the
+        cache is rolled back in between.
+        """
+        ids = [self.sequences.add() for _ in prompts]
+        rows: list[list[np.ndarray]] = [[] for _ in prompts]
+        done = 0
+        for chunk in chunks:
+            pieces = [prompt[done : done + chunk] for prompt in prompts]
+            tables = self.sequences.batch(
+                [(seq, len(piece)) for seq, piece in zip(ids, pieces, strict=True)]
+            )
+            self.executor.copy_pages(*self.sequences.take_copies())
+            flat = np.concatenate(pieces).astype(np.int32)
+            wanted = np.arange(len(flat), dtype=np.int32)
+            step = self.limits.max_batch_size
+            logits = np.concatenate(
+                [
+                    # Appending the same keys twice to the same slots changes nothing.
+                    self.executor.forward(tables, flat, wanted[i : i + step])
+                    for i in range(0, len(wanted), step)
+                ]
+            )
+            for i, (start, end) in enumerate(
+                zip(tables.row_offsets, tables.row_offsets[1:], strict=False)
+            ):
+                rows[i].append(logits[start:end])
+            done += chunk
+        for seq in ids:
+            self.sequences.free(seq)
+        return [np.concatenate(part) for part in rows]
+
+
+def reference_logits(model: transformers.PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    """[n] token ids to [n, vocab] float32."""
+    with torch.no_grad():
+        return model(torch.from_numpy(ids[None].astype(np.int64))).logits[0].float().numpy()
