@@ -1,0 +1,183 @@
+"""Logits to token ids.
+
+Each row goes through these steps, in this order, in float64:
+
+1. logit_bias is added.
+2. repetition_penalty r, on every token of prompt and reply: a positive logit is divided by r, a
+   negative one multiplied (CTRL; as in transformers). Then, on every token that the reply has c > 0
+   times: minus (presence_penalty + frequency_penalty * c) (as in OpenAI's API and vLLM).
+3. temperature divides. At 0 the largest logit wins, the remaining steps do not apply, and no random
+   number is used.
+4. top_k keeps the k largest.
+5. top_p, of the probabilities of what is left, keeps the fewest most probable tokens that reach p
+   together; at least one.
+6. min_p keeps tokens of at least min_p times the largest probability.
+7. One uniform number picks a token: the first, in the order of ids, with which the probabilities
+   sum to more than that number.
+
+Steps 3 to 6 stand in the order of transformers; vLLM adds the bias first, too, but applies min_p
+before top_k. Of equal logits the lower id is the larger one in every step (transformers keeps all
+that tie with the last of the top k). Rows do not influence each other: a request with a seed gets
+the same tokens in any batch.
+
+Log probabilities are those of the model's own logits, before step 1.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from relaxlm.errors import LibraryError
+from relaxlm.runtime.generation import GenerationConfig, SamplingState
+
+
+class Sampled(NamedTuple):
+    token: int
+    logprob: float | None  # natural logarithm; None unless the request asks for logprobs
+    top: tuple[tuple[int, float], ...]  # the `top_logprobs` most probable (id, logprob), best first
+
+
+def sample(logits: np.ndarray, states: Sequence[SamplingState]) -> list[Sampled]:
+    """Choose the next token of each request, and record it in the request's state.
+
+    Args:
+        logits: [batch, vocab] float32; not changed. -inf forbids a token. A row may be longer than
+            its state's `vocab_size`: the rest is padding, and never chosen.
+        states: one for each row.
+
+    Raises:
+        LibraryError: a row with NaN or +inf, or without any finite logit; no state has changed.
+    """
+    if logits.ndim != 2 or len(logits) != len(states) or logits.dtype != np.float32:
+        raise ValueError(
+            f"logits {logits.dtype} {list(logits.shape)} for {len(states)} requests: "
+            f"expected float32 [{len(states)}, vocab]"
+        )
+    if any(state.vocab_size > logits.shape[1] for state in states):
+        raise ValueError(
+            f"logits for {logits.shape[1]} tokens, and vocabularies of "
+            f"{sorted({state.vocab_size for state in states})}"
+        )
+    rows = [row[: state.vocab_size] for row, state in zip(logits, states, strict=True)]
+    best = [_checked_argmax(row, i) for i, row in enumerate(rows)]
+    results = []
+    for row, most_probable, state in zip(rows, best, states, strict=True):
+        config = state.config
+        adjusted = _adjust(row, state)
+        if config.temperature > 0:
+            token = _choose(adjusted, config, state.uniform())
+        else:
+            token = most_probable if adjusted is row else int(adjusted.argmax())
+        if config.logprobs:
+            results.append(Sampled(token, *_logprobs(row, token, config.top_logprobs)))
+        else:
+            results.append(Sampled(token, None, ()))
+        state.accept(token)
+    return results
+
+
+def _checked_argmax(row: np.ndarray, index: int) -> int:
+    """The lowest id of the largest logit. NumPy's argmax stops at a NaN, so one look is enough."""
+    best = int(row.argmax())
+    value = float(row[best])
+    if np.isfinite(value):
+        return best
+    found = "no logit above -inf" if value == -np.inf else f"{value} for token {best}"
+    raise LibraryError(
+        f"the model computed {found} in row {index} of its logits: expected finite numbers. "
+        "Check the weights with `relaxlm verify`; if float16 is too narrow for this model, "
+        "use a bfloat16 or float32 preset"
+    )
+
+
+def _adjust(row: np.ndarray, state: SamplingState) -> np.ndarray:
+    """Bias and penalties: a new [vocab] float64, or `row` itself if there are none."""
+    config = state.config
+    penalized = config.presence_penalty != 0 or config.frequency_penalty != 0
+    if not len(state.bias) and config.repetition_penalty == 1 and not penalized:
+        return row
+    out = row.astype(np.float64)
+    out[state.bias_ids] += state.bias
+    if config.repetition_penalty != 1:
+        ids = state.seen()
+        seen, penalty = out[ids], config.repetition_penalty
+        out[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+    if penalized:
+        ids, counts = state.generated_counts()
+        out[ids] -= config.presence_penalty + config.frequency_penalty * counts
+    return out
+
+
+def _choose(logits: np.ndarray, config: GenerationConfig, uniform: float) -> int:
+    """Steps 3 to 7 for logits [vocab] float32 or float64."""
+    ids: np.ndarray | None = None  # of the tokens left, ascending; None while all are left
+    if 0 < config.top_k < len(logits):
+        ids = _largest(logits, config.top_k)
+        logits = logits[ids]
+    weights = _weights(logits, config.temperature)
+    if config.top_p < 1:
+        left = _nucleus(logits, weights, config)
+        weights = weights[left]
+        ids = left if ids is None else ids[left]
+    if config.min_p > 0:
+        left = np.flatnonzero(weights >= config.min_p)  # the largest weight is 1
+        weights = weights[left]
+        ids = left if ids is None else ids[left]
+    sums = np.cumsum(weights, out=weights)
+    place = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    if place == len(sums):  # the product was rounded up
+        place = int(np.searchsorted(sums, sums[-1], side="left"))
+    return place if ids is None else int(ids[place])
+
+
+def _weights(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities times a constant, float64; the largest is 1."""
+    weights = np.subtract(logits, logits.max(), dtype=np.float64)
+    with np.errstate(over="ignore", under="ignore"):  # -inf and 0 are right then
+        weights /= temperature
+        return np.exp(weights, out=weights)
+
+
+def _largest(logits: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` largest logits, ascending; of equal ones the lower ids."""
+    place = len(logits) - count
+    return _down_to(logits, np.partition(logits, place)[place], count)
+
+
+def _down_to(logits: np.ndarray, last: np.floating, count: int) -> np.ndarray:
+    """Ids of the `count` largest logits, ascending, given the smallest of them."""
+    chosen = logits > last
+    ties = np.flatnonzero(logits == last)
+    chosen[ties[: count - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen)
+
+
+def _nucleus(logits: np.ndarray, weights: np.ndarray, config: GenerationConfig) -> np.ndarray:
+    """Ids of the fewest largest logits whose weights reach `top_p` of the sum, ascending.
+
+    Sorting values is many times faster than sorting ids by value, and it is enough: it gives the
+    smallest logit that stays.
+    """
+    total = weights.sum()
+    # All tokens below this weight together have less than half of what may be left out.
+    heavy = np.flatnonzero(weights >= 0.5 * (1 - config.top_p) * total / len(weights))
+    logits = logits.take(heavy)
+    values = np.sort(logits)[::-1]
+    sums = np.cumsum(_weights(values, config.temperature))
+    place = int(np.searchsorted(sums, config.top_p * total, side="left"))
+    place = min(place, len(values) - 1)  # the sum may end a rounding error short of it
+    return heavy.take(_down_to(logits, values[place], place + 1))
+
+
+def _logprobs(
+    row: np.ndarray, token: int, count: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    largest = float(row.max())
+    norm = largest + float(np.log(np.exp(row.astype(np.float64) - largest).sum()))
+    if not count:
+        return float(row[token]) - norm, ()
+    ids = _largest(row, min(count, len(row)))
+    ids = ids[np.argsort(-row[ids], kind="stable")]
+    top = tuple((int(i), float(row[i]) - norm) for i in ids if row[i] > -np.inf)
+    return float(row[token]) - norm, top
