@@ -23,6 +23,7 @@ the same tokens in any batch.
 Log probabilities are those of the model's own logits, before step 1.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,10 @@ import numpy as np
 
 from relaxlm.errors import LibraryError
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
+
+# Temporaries of a vocabulary's size are kept from call to call: the kernel's page faults for fresh
+# memory take longer than the arithmetic on it.
+_memory = threading.local()
 
 
 class Sampled(NamedTuple):
@@ -92,12 +97,13 @@ def _checked_argmax(row: np.ndarray, index: int) -> int:
 
 
 def _adjust(row: np.ndarray, state: SamplingState) -> np.ndarray:
-    """Bias and penalties: a new [vocab] float64, or `row` itself if there are none."""
+    """Bias and penalties: [vocab] float64, good until the next call; or `row` if there are none."""
     config = state.config
     penalized = config.presence_penalty != 0 or config.frequency_penalty != 0
     if not len(state.bias) and config.repetition_penalty == 1 and not penalized:
         return row
-    out = row.astype(np.float64)
+    out = _buffer("logits", len(row))
+    out[:] = row
     out[state.bias_ids] += state.bias
     if config.repetition_penalty != 1:
         ids = state.seen()
@@ -115,11 +121,11 @@ def _choose(logits: np.ndarray, config: GenerationConfig, uniform: float) -> int
     if 0 < config.top_k < len(logits):
         ids = _largest(logits, config.top_k)
         logits = logits[ids]
-    weights = _weights(logits, config.temperature)
     if config.top_p < 1:
-        left = _nucleus(logits, weights, config)
-        weights = weights[left]
+        left = _nucleus(logits, config)
+        logits = logits[left]
         ids = left if ids is None else ids[left]
+    weights = _weights(logits, config.temperature)
     if config.min_p > 0:
         left = np.flatnonzero(weights >= config.min_p)  # the largest weight is 1
         weights = weights[left]
@@ -131,9 +137,19 @@ def _choose(logits: np.ndarray, config: GenerationConfig, uniform: float) -> int
     return place if ids is None else int(ids[place])
 
 
+def _buffer(name: str, size: int) -> np.ndarray:
+    """[size] float64 of this thread's own memory, with whatever was last written there."""
+    buffer = getattr(_memory, name, None)
+    if buffer is None or len(buffer) < size:
+        buffer = np.empty(size)
+        setattr(_memory, name, buffer)
+    return buffer[:size]
+
+
 def _weights(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities times a constant, float64; the largest is 1."""
-    weights = np.subtract(logits, logits.max(), dtype=np.float64)
+    """Probabilities times a constant, float64, the largest 1; good until the next call."""
+    weights = _buffer("weights", len(logits))
+    np.subtract(logits, logits.max(), out=weights, dtype=np.float64)
     with np.errstate(over="ignore", under="ignore"):  # -inf and 0 are right then
         weights /= temperature
         return np.exp(weights, out=weights)
@@ -153,28 +169,33 @@ def _down_to(logits: np.ndarray, last: np.floating, count: int) -> np.ndarray:
     return np.flatnonzero(chosen)
 
 
-def _nucleus(logits: np.ndarray, weights: np.ndarray, config: GenerationConfig) -> np.ndarray:
+def _nucleus(logits: np.ndarray, config: GenerationConfig) -> np.ndarray:
     """Ids of the fewest largest logits whose weights reach `top_p` of the sum, ascending.
 
     Sorting values is many times faster than sorting ids by value, and it is enough: it gives the
     smallest logit that stays.
     """
+    weights = _weights(logits, config.temperature)
     total = weights.sum()
     # All tokens below this weight together have less than half of what may be left out.
-    heavy = np.flatnonzero(weights >= 0.5 * (1 - config.top_p) * total / len(weights))
-    logits = logits.take(heavy)
+    heavy = weights >= 0.5 * (1 - config.top_p) * total / len(weights)
+    ids = None
+    if np.count_nonzero(heavy) < len(heavy) // 4:
+        ids = np.flatnonzero(heavy)
+        logits = logits.take(ids)
     values = np.sort(logits)[::-1]
-    sums = np.cumsum(_weights(values, config.temperature))
+    weights = _weights(values, config.temperature)
+    sums = np.cumsum(weights, out=weights)
     place = int(np.searchsorted(sums, config.top_p * total, side="left"))
     place = min(place, len(values) - 1)  # the sum may end a rounding error short of it
-    return heavy.take(_down_to(logits, values[place], place + 1))
+    kept = _down_to(logits, values[place], place + 1)
+    return kept if ids is None else ids.take(kept)
 
 
 def _logprobs(
     row: np.ndarray, token: int, count: int
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
-    largest = float(row.max())
-    norm = largest + float(np.log(np.exp(row.astype(np.float64) - largest).sum()))
+    norm = float(row.max()) + float(np.log(_weights(row, 1.0).sum()))
     if not count:
         return float(row[token]) - norm, ()
     ids = _largest(row, min(count, len(row)))
