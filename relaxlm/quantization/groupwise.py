@@ -243,24 +243,24 @@ def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
 
     Returns:
         A float32 array with the same values as `values.astype(dtype)`, except that what is beyond
-        float16's range stays finite and greater than 65504, and that -0 may become 0. NumPy's own
-        conversions to and from float16 take three times as long.
+        float16's range stays finite and greater than 65504, that -0 may become 0, and that nothing
+        is rounded where there is NaN or infinity. NumPy's own conversions to and from float16 take
+        several times as long.
     """
     if dtype != "float16" or values.dtype == np.float16:
         with np.errstate(over="ignore", invalid="ignore"):
             return values.astype(FLOAT_DTYPES[dtype]).astype(np.float32)
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # infinity and NaN are the caller's to refuse
-        exact = values.astype(np.float32)
-    magnitude = np.abs(exact)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = values.astype(np.float32)
+    magnitude = np.abs(rounded)
+    if not magnitude.max(initial=0) < np.inf:  # infinity or NaN, for the caller to refuse
+        return rounded
     # Below the normal range float16 has a fixed step of 2**-24, which is float32's step at 0.75.
-    subnormal = (exact + np.float32(0.75)) - np.float32(0.75)
-    special = ~(magnitude < np.inf)
-    rounded = exact.copy()
-    _round_significand(rounded, "float16")
-    np.copyto(rounded, subnormal, where=magnitude < _FLOAT16_SMALLEST_NORMAL)
-    np.copyto(rounded, exact, where=special)
+    tiny = np.nonzero(magnitude < _FLOAT16_SMALLEST_NORMAL)
+    subnormal = (rounded[tiny] + np.float32(0.75)) - np.float32(0.75)
+    if values.dtype != FLOAT_DTYPES["bfloat16"]:  # which has fewer significant bits than float16
+        _round_significand(rounded, "float16")
+    rounded[tiny] = subnormal
     return rounded
 
 

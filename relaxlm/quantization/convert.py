@@ -1,0 +1,347 @@
+"""Streams a checkpoint, block of rows by block of rows, into the MLC weight container."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+
+from relaxlm.errors import CheckpointError, WeightsError
+from relaxlm.files import format_bytes
+from relaxlm.models.weights import ParameterSpec
+from relaxlm.quantization.checkpoint import Checkpoint, shorten
+from relaxlm.quantization.container import ALIGNMENT, SHARD_BYTES, ContainerWriter
+from relaxlm.quantization.conversion_report import (
+    ConversionReport,
+    ParameterError,
+    current_memory,
+    peak_memory,
+)
+from relaxlm.quantization.groupwise import (
+    BLOCK_ELEMENTS,
+    FLOAT_DTYPES,
+    GroupQuant,
+    block_rows,
+    cast,
+)
+from relaxlm.quantization.prequantized import refuse_by_files, refuse_by_tensors
+from relaxlm.quantization.schemes import Scheme
+from relaxlm.quantization.stored_tensor import FLOATS, StoredTensor
+
+# (bytes of the checkpoint that are done, bytes in total, parameter being converted)
+Progress = Callable[[int, int, str], None]
+
+# The temporary arrays of one block in one thread, and Python with NumPy.
+_BLOCK_MEMORY = 48 * BLOCK_ELEMENTS
+_BASE_MEMORY = 64 << 20
+
+
+def convert_weights(
+    source: Path,
+    scheme: Scheme,
+    output: Path,
+    specs: Sequence[ParameterSpec],
+    ignored: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a Hugging Face folder's weights: `plan_conversion`, then `ConversionPlan.run`."""
+    return plan_conversion(source, scheme, output, specs, ignored).run(progress)
+
+
+def plan_conversion(
+    source: Path,
+    scheme: Scheme,
+    output: Path,
+    specs: Sequence[ParameterSpec],
+    ignored: Sequence[str] = (),
+) -> "ConversionPlan":
+    """Check a conversion as far as headers and sizes tell, before any work is done.
+
+    Args:
+        source: a Hugging Face folder, or the config.json in it.
+        output: the folder to write to; other files in it stay.
+        specs: the model's parameters.
+        ignored: fnmatch patterns of tensors that may stay unused.
+
+    Raises:
+        CheckpointError: no readable float weights, or not those of this model.
+        WeightsError: `output` cannot be where it is, or its disk is too full.
+    """
+    _check_output(_folder(source), output)
+    checkpoint = open_float_checkpoint(source)
+    _check_fit(checkpoint, specs, ignored)
+    position = {name: i for i, name in enumerate(checkpoint.tensors)}
+    parameters = [_Parameter.of(spec, scheme, checkpoint) for spec in specs]
+    parameters.sort(key=lambda parameter: position[parameter.tensors[0].name])
+    plan = ConversionPlan(scheme, output, tuple(parameters))
+    plan.check_disk_space()
+    return plan
+
+
+def open_float_checkpoint(source: Path) -> Checkpoint:
+    """List the weights of a Hugging Face folder, or of the folder of a config.json.
+
+    Raises:
+        CheckpointError: there are none that can be read, or they are quantized already.
+    """
+    folder = _folder(source)
+    refuse_by_files(folder)
+    checkpoint = Checkpoint.open(folder)
+    refuse_by_tensors(checkpoint.tensors)
+    return checkpoint
+
+
+def _folder(source: Path) -> Path:
+    return source.parent if source.is_file() else source
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter with the tensors it is made of, and what it is stored as.
+
+    `columns` is the length of a row: what shares scales if it is quantized, else everything after
+    the first axis.
+    """
+
+    spec: ParameterSpec
+    quant: GroupQuant | None
+    tensors: tuple[StoredTensor, ...]
+    stored: dict[str, tuple[tuple[int, ...], str]]
+    columns: int
+
+    @classmethod
+    def of(cls, spec: ParameterSpec, scheme: Scheme, checkpoint: Checkpoint) -> "_Parameter":
+        quant = scheme.for_role(spec.role)
+        tensors = tuple(checkpoint.tensors[source.name] for source in spec.sources)
+        assert sum(tensor.size for tensor in tensors) == math.prod(spec.shape), spec
+        columns = spec.shape[-1] if quant is not None else math.prod(spec.shape[1:])
+        return cls(spec, quant, tensors, scheme.storage(spec), columns)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(tensor.size * FLOATS[tensor.dtype].itemsize for tensor in self.tensors)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(math.prod(s) * _numpy_dtype(d).itemsize for s, d in self.stored.values())
+
+    def empty(self) -> dict[str, np.ndarray]:
+        """The arrays to fill, by the name they are stored under."""
+        return {n: np.empty(shape, _numpy_dtype(d)) for n, (shape, d) in self.stored.items()}
+
+    def blocks(self) -> Iterator[tuple[StoredTensor, int, int, int]]:
+        """Rows to convert at a time: their tensor, first, past the last, and first in the whole."""
+        step, before = block_rows(self.columns), 0
+        for tensor in self.tensors:
+            rows = tensor.size // max(1, self.columns)
+            for first in range(0, rows, step):
+                yield tensor, first, min(first + step, rows), before + first
+            before += rows
+
+    def convert(
+        self,
+        arrays: dict[str, np.ndarray],
+        tensor: StoredTensor,
+        first: int,
+        last: int,
+        row: int,
+    ) -> "_Converted":
+        """Convert rows first .. last of a tensor into `arrays`, from row `row` on."""
+        read = tensor.read(first * self.columns, last * self.columns)
+        values = read.reshape(-1, self.columns)
+        if self.quant is not None:
+            parts = {name.rpartition(".")[2]: array for name, array in arrays.items()}
+            decoded = self.quant.write_rows(parts, row, values, tensor.name)
+        else:
+            (array,) = arrays.values()
+            stored = cast(values, array.dtype.name, tensor.name)
+            array.reshape(-1, self.columns)[row : row + len(stored)] = stored
+            if np.can_cast(values.dtype, stored.dtype, "safe"):
+                return _Converted(values.nbytes, 0.0, 0.0, 0.0)
+            decoded = stored.astype(np.float32)
+        wide = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
+        exact = values.astype(wide)
+        error = decoded - exact
+        largest = float(np.abs(error).max(initial=0))
+        return _Converted(values.nbytes, _sum_of_squares(error), _sum_of_squares(exact), largest)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """Of one block."""
+
+    source_bytes: int
+    error_squares: float
+    value_squares: float
+    max_error: float
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A conversion that has been checked; `run` does it. Sizes are in bytes."""
+
+    scheme: Scheme
+    output: Path
+    parameters: tuple[_Parameter, ...]  # in writing order, which is the checkpoint's
+
+    @property
+    def source_bytes(self) -> int:
+        """What will be read of the checkpoint."""
+        return sum(parameter.source_bytes for parameter in self.parameters)
+
+    @property
+    def source_parameters(self) -> int:
+        """Weights in the model."""
+        return sum(math.prod(parameter.spec.shape) for parameter in self.parameters)
+
+    @property
+    def stored_bytes(self) -> int:
+        """All tensors as stored."""
+        return sum(parameter.stored_bytes for parameter in self.parameters)
+
+    @property
+    def memory_estimate(self) -> int:
+        """What this process has now, the largest parameter as stored, a shard, and some blocks."""
+        largest = max((parameter.stored_bytes for parameter in self.parameters), default=0)
+        return (
+            (current_memory() or _BASE_MEMORY)
+            + largest
+            + SHARD_BYTES
+            + _BLOCK_MEMORY * _thread_count()
+        )
+
+    @property
+    def disk_estimate(self) -> int:
+        """All tensors with padding, and the indexes."""
+        tensors = sum(len(parameter.stored) for parameter in self.parameters)
+        return self.stored_bytes + tensors * (ALIGNMENT + 2 * 400) + 4096
+
+    def check_disk_space(self) -> int:
+        """Bytes free where the output goes.
+
+        Raises:
+            WeightsError: fewer than are needed. A container that will be replaced is there until
+                the end, so its space does not count.
+        """
+        absolute = self.output.absolute()
+        existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if free < self.disk_estimate:
+            raise WeightsError(
+                f"{self.output}: converting to {self.scheme.name} writes "
+                f"{format_bytes(self.disk_estimate)}, and its disk has {format_bytes(free)} free"
+            )
+        return free
+
+    def run(self, progress: Progress | None = None) -> ConversionReport:
+        """Convert everything.
+
+        Raises:
+            CheckpointError: a tensor with NaN, infinity or a value beyond the scheme's dtype. The
+                output then has what it had before.
+        """
+        started = time.perf_counter()
+        done, errors = 0, []
+
+        def advance(parameter: _Parameter, nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, self.source_bytes, parameter.spec.name)
+
+        with ContainerWriter(self.output) as writer, ThreadPoolExecutor(_thread_count()) as threads:
+            try:
+                for parameter in self.parameters:
+                    arrays = parameter.empty()
+                    errors.append(_fill(parameter, arrays, threads, advance))
+                    for name in parameter.stored:
+                        writer.add(name, arrays.pop(name))
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+            writer.finish(self.source_parameters)
+        return ConversionReport(
+            self.scheme.name,
+            self.source_bytes,
+            self.stored_bytes,
+            self.source_parameters,
+            writer.shard_count,
+            time.perf_counter() - started,
+            peak_memory(),
+            tuple(errors),
+        )
+
+
+def _fill(
+    parameter: _Parameter,
+    arrays: dict[str, np.ndarray],
+    threads: ThreadPoolExecutor,
+    advance: Callable[[_Parameter, int], None],
+) -> ParameterError:
+    """Convert all blocks of a parameter; results are added up in order, whoever is first."""
+    squares = reference = max_error = 0.0
+    for block in threads.map(lambda job: parameter.convert(arrays, *job), parameter.blocks()):
+        squares += block.error_squares
+        reference += block.value_squares
+        max_error = max(max_error, block.max_error)
+        advance(parameter, block.source_bytes)
+    relative = math.sqrt(squares / reference) if reference else 0.0
+    spec = parameter.spec
+    return ParameterError(spec.name, spec.shape, parameter.stored_bytes, max_error, relative)
+
+
+def _sum_of_squares(rows: np.ndarray) -> float:
+    """Of [r, c] values; the few additions in float32 are far more exact than is ever printed."""
+    total = float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
+    return total if math.isfinite(total) else float(np.square(rows, dtype=np.float64).sum())
+
+
+def _check_output(folder: Path, output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise WeightsError(f"{output} is a file, expected a folder to write to")
+    if folder.resolve() in (output.resolve(), *output.resolve().parents):
+        raise WeightsError(
+            f"{output} lies in the checkpoint's own folder {folder}; choose an output outside it"
+        )
+
+
+def _check_fit(
+    checkpoint: Checkpoint, specs: Sequence[ParameterSpec], ignored: Sequence[str]
+) -> None:
+    """Compare the checkpoint's tensors with those that the model is made of."""
+    wanted = {source.name: source.shape for spec in specs for source in spec.sources}
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    unused = [
+        name
+        for name in checkpoint.tensors
+        if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in ignored)
+    ]
+    misshapen = [
+        f"{name}: {list(checkpoint.tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in checkpoint.tensors and checkpoint.tensors[name].shape != shape
+    ]
+    kinds = (("missing", missing), ("unused", unused), ("of another shape", misshapen))
+    faults = [f"{len(names)} {kind} ({shorten(names)})" for kind, names in kinds if names]
+    if faults:
+        raise CheckpointError(
+            f"{checkpoint.folder}: checkpoint does not fit the model: {', '.join(faults)}. "
+            "Is config.json from the same revision?"
+        )
+    for name in wanted:
+        checkpoint.tensors[name].check_readable()
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    return FLOAT_DTYPES.get(name) or np.dtype(name)
+
+
+def _thread_count() -> int:
+    """Enough to keep a disk busy; more would only take memory."""
+    return min(4, os.cpu_count() or 1)
