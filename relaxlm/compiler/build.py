@@ -95,26 +95,8 @@ def compile_model(
     seconds: dict[str, float] = {}
     clock = _Stages(seconds, progress)
 
-    clock.start("export", 0.0)
-    model = models.create(config, compute_dtype(device.kind, scheme))
-    module, _ = model.export_tvm(spec=model.export_spec())
-    specs = model.parameter_specs()
-    lowering = Lowering(config, specs, scheme, options.kv_format, device.kind)
-
-    clock.start("lower", 0.1)
-    instruments = []
-    if debug_dump is not None:
-        debug_dump.mkdir(parents=True, exist_ok=True)
-        instruments.append(tvm.ir.instrument.DumpIR(str(debug_dump)))
-    with target, tvm.transform.PassContext(opt_level=3, instruments=instruments):
-        module = tvm.transform.Sequential(lowering_passes(lowering))(module)
-        bounds = _bounds(options)
-        module = _bound_shapes(module, bounds)
-        module = tvm.transform.Sequential(memory_passes())(module)
-        temporary = _temporary_bytes(module, bounds)
-        module = tvm.transform.Sequential(instruction_passes())(module)
-
-    metadata = _metadata(config, raw_config, scheme, device, options, lowering, temporary)
+    clock.start("lower", 0.0)
+    module, metadata = _lower(config, raw_config, scheme, device, options, debug_dump)
     module = _add_metadata(module, metadata.model_dump_json())
 
     clock.start("generate code", 0.4)
@@ -124,6 +106,45 @@ def compile_model(
         executable = tvm.compile(module, target=target, relax_pipeline=tvm.transform.Sequential([]))
     clock.stop()
     return CompiledModel(executable, metadata, device, seconds)
+
+
+def describe_model(
+    config: DecoderConfig,
+    raw_config: Mapping[str, Any],
+    scheme: Scheme,
+    device: DeviceTarget,
+    options: CompileOptions,
+) -> LibraryMetadata:
+    """What a library would say of itself, memory plan included; no code is generated."""
+    config = config.with_window(options.sliding_window_size, options.attention_sink_size)
+    return _lower(config, raw_config, scheme, device, options, None)[1]
+
+
+def _lower(
+    config: DecoderConfig,
+    raw_config: Mapping[str, Any],
+    scheme: Scheme,
+    device: DeviceTarget,
+    options: CompileOptions,
+    debug_dump: Path | None,
+) -> tuple[tvm.IRModule, LibraryMetadata]:
+    """Run every pass; the module is ready for code generation but for `_metadata`."""
+    model = models.create(config, compute_dtype(device.kind, scheme))
+    module, _ = model.export_tvm(spec=model.export_spec())
+    lowering = Lowering(config, model.parameter_specs(), scheme, options.kv_format, device.kind)
+    bounds = _bounds(options)
+    instruments = []
+    if debug_dump is not None:
+        debug_dump.mkdir(parents=True, exist_ok=True)
+        instruments.append(tvm.ir.instrument.DumpIR(str(debug_dump)))
+    context = tvm.transform.PassContext(opt_level=3, instruments=instruments)
+    with device.tvm_target(), context:
+        module = tvm.transform.Sequential(lowering_passes(lowering))(module)
+        module = _bound_shapes(module, bounds)
+        module = tvm.transform.Sequential(memory_passes())(module)
+        temporary = _temporary_bytes(module, bounds)
+        module = tvm.transform.Sequential(instruction_passes())(module)
+    return module, _metadata(config, raw_config, scheme, device, options, lowering, temporary)
 
 
 class _Stages:

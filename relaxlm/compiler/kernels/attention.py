@@ -1,5 +1,6 @@
 """What the attention kernels of every target agree on."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class PageTensor:
     dtype: str
 
 
+@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
 def copy_kernel(page_shape: tuple[int, ...], dtype: str) -> tirx.PrimFunc:
     """(pages [P, *page_shape], sources [k], targets [k]): pages[targets] = pages[sources], in place.
 

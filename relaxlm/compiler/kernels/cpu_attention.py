@@ -5,6 +5,7 @@ so that one vector register holds the same feature of all tokens of a page and n
 are needed; values are [heads, page, head_dim]. Scales of an fp8 cache are [heads, page].
 """
 
+import functools
 import math
 
 from tvm import tirx
@@ -43,6 +44,7 @@ def page_tensors(shape: AttentionShape, format: KVFormat) -> tuple[PageTensor, .
     return tuple(tensors)
 
 
+@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
 def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.PrimFunc:
     """(k, v [n, heads, dim], slots [n], *page tensors) -> page tensors, written in place."""
     heads, dim, page = shape.kv_heads, shape.head_dim, shape.page_size
@@ -119,6 +121,7 @@ def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
     return as_relax_kernel(append)
 
 
+@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
 def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.PrimFunc:
     """Attention of n query rows over the pages of their sequences, with an online softmax.
 

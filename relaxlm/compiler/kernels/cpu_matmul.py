@@ -5,6 +5,8 @@ stays in the CPU's cache, and multiplies it with every row of x. So a weight is 
 whatever the batch, and widening is paid once per step, too.
 """
 
+import functools
+
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -23,6 +25,7 @@ LANES = 16
 ROWS = 8
 
 
+@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
 def matmul_kernel(
     shape: tuple[int, int], quant: GroupQuant | None, dtype: str, out_dtype: str
 ) -> tirx.PrimFunc:

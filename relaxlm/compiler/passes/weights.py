@@ -31,15 +31,21 @@ def stored_weight(mod: tvm.IRModule, expr: relax.Expr, lookup) -> StoredWeight |
     if shape is None or any(not isinstance(extent, tvm.tirx.IntImm) for extent in shape):
         return None
     extents = tuple(int(extent) for extent in shape)
-    value = lookup(expr) if isinstance(expr, relax.Var) else expr
-    if value is None:
+
+    def is_parameter(expr: relax.Expr) -> bool:
+        # Bundled parameters are items of a tuple.
+        return isinstance(expr, relax.Var) and isinstance(
+            lookup(expr), relax.TupleGetItem | type(None)
+        )
+
+    if is_parameter(expr):
         return StoredWeight((expr,), None, extents)
+    value = lookup(expr) if isinstance(expr, relax.Var) else expr
     if not isinstance(value, relax.Call):
         return None
     if value.op == tvm.ir.Op.get("relax.astype"):
         source = value.args[0]
-        is_parameter = isinstance(source, relax.Var) and lookup(source) is None
-        return StoredWeight((source,), None, extents) if is_parameter else None
+        return StoredWeight((source,), None, extents) if is_parameter(source) else None
     if value.op == tvm.ir.Op.get("relax.call_tir"):
         function = mod[value.args[0]]
         if DEQUANTIZE in (function.attrs or {}):

@@ -1,0 +1,42 @@
+"""`relaxlm build`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def build(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write. Default: dist/NAME-QUANTIZATION."),
+    ] = None,
+    quantization: Annotated[
+        str, typer.Option("--quantization", help="Preset, such as q4f16_1.")
+    ] = "q4f16_1",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    arch: Annotated[str | None, typer.Option("--arch", help="As for compile.")] = None,
+    conv_template: Annotated[
+        str | None, typer.Option("--conv-template", help="As for gen_config.")
+    ] = None,
+    overrides: Annotated[str | None, typer.Option("--overrides", help="As for compile.")] = None,
+) -> None:
+    """Convert, configure and compile a model in one go."""
+    from relaxlm.cli.compile import compile
+    from relaxlm.cli.convert_weight import convert_weight
+    from relaxlm.cli.gen_config import gen_config
+    from relaxlm.compiler.target import resolve_device
+
+    # What can be wrong with the options shows before the long work.
+    target = resolve_device(device, arch)
+    name = (source if source.is_dir() else source.parent).resolve().name
+    folder = output or Path("dist") / f"{name}-{quantization}"
+    library = folder / f"{name}-{quantization}-{target.kind}{target.suffix}"
+    typer.echo(f"1/3 convert_weight -> {folder}")
+    convert_weight(source, folder, quantization)
+    typer.echo(f"2/3 gen_config -> {folder}")
+    gen_config(source, folder, quantization, conv_template)
+    typer.echo(f"3/3 compile -> {library}")
+    compile(folder, library, target.kind, None, arch, overrides)
+    typer.echo(f"Chat with it: relaxlm chat {folder} --model-lib {library}")

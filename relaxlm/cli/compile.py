@@ -1,0 +1,62 @@
+"""`relaxlm compile`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compile(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder made by gen_config, or the path of a mlc-chat-config.json or config.json."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Library to write: *.so, *.dylib or *.dll.")
+    ],
+    device: Annotated[
+        str, typer.Option("--device", help="auto (this machine's GPU, else its CPU), cpu or cuda.")
+    ] = "auto",
+    quantization: Annotated[
+        str | None,
+        typer.Option("--quantization", help="Preset. Default: the one in mlc-chat-config.json."),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch",
+            help="cuda: sm_80,sm_90 and so on; default: this machine's GPU. "
+            "cpu: native (default) or x86-64-v2, -v3, -v4.",
+        ),
+    ] = None,
+    overrides: Annotated[
+        str | None,
+        typer.Option(
+            "--overrides",
+            help='Limits and cache format: "context_window_size=4096;prefill_chunk_size=512;'
+            'max_batch_size=8;sliding_window_size=1024;attention_sink_size=4;kv_cache_dtype=fp8".',
+        ),
+    ] = None,
+    opt: Annotated[
+        str, typer.Option("--opt", help="Effort of the code generators: O0, O1, O2 or O3.")
+    ] = "O2",
+    debug_dump: Annotated[
+        Path | None,
+        typer.Option("--debug-dump", help="Folder for the IR after every pass, and kernels."),
+    ] = None,
+) -> None:
+    """Compile a model's configuration into one library for one device."""
+    from relaxlm.cli.report import compile_progress, print_memory
+    from relaxlm.compiler.request import CompileRequest
+
+    request = CompileRequest.read(source, quantization, device, arch, overrides, opt)
+    request.device.check_output(output)
+    with compile_progress(f"compile {output.name}") as progress:
+        compiled = request.compile(debug_dump=debug_dump, progress=progress)
+        compiled.save(output)
+    print_memory(compiled.metadata)
+    target = request.device
+    seconds = sum(compiled.seconds.values())
+    typer.echo(f"wrote {output}: {target.kind} {','.join(target.arch)}, {seconds:.1f} s")

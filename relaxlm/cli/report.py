@@ -1,0 +1,48 @@
+"""What several commands print: progress of a compilation, and memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+
+from relaxlm.files import format_bytes
+from relaxlm.runtime.metadata import LibraryMetadata
+
+
+@contextmanager
+def compile_progress(what: str) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar over the stages of a compilation; nothing where output is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda stage, share: bar.update(task, completed=share, description=f"{what}: {stage}")
+
+
+def memory_lines(info: LibraryMetadata) -> list[str]:
+    """Parameters, KV cache and temporary buffers, one line each and their sum."""
+    limits, cache = info.limits, info.kv_cache
+    tokens = limits.sliding_window_size or limits.context_window_size
+    kv_cache = tokens * cache.bytes_per_token
+    temporary = max(info.memory.temporary.values())
+    total = info.memory.params + kv_cache + temporary
+    window = "sliding window" if limits.sliding_window_size else "context"
+    return [
+        f"  parameters        {format_bytes(info.memory.params):>9}  {info.quantization}",
+        f"  KV cache          {format_bytes(kv_cache):>9}  {cache.dtype}, "
+        f"{format_bytes(cache.bytes_per_token)} per token, {tokens} tokens of {window}",
+        f"  temporary buffers {format_bytes(temporary):>9}  "
+        f"steps of up to {limits.prefill_chunk_size} tokens",
+        f"  total             {format_bytes(total):>9}",
+    ]
+
+
+def print_memory(info: LibraryMetadata) -> None:
+    typer.echo("memory:")
+    for line in memory_lines(info):
+        typer.echo(line)
