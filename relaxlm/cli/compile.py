@@ -50,9 +50,15 @@ def compile(
     """Compile a model's configuration into one library for one device."""
     from relaxlm.cli.report import compile_progress, print_memory
     from relaxlm.compiler.request import CompileRequest
+    from relaxlm.models.config import unknown_fields
 
     request = CompileRequest.read(source, quantization, device, arch, overrides, opt)
     request.device.check_output(output)
+    if unknown := unknown_fields(request.config, request.raw):
+        typer.echo(
+            f"note: {source} has fields that relaxlm does not know and does not use: "
+            f"{', '.join(unknown)}. If the model needs them, its results will be wrong."
+        )
     with compile_progress(f"compile {output.name}") as progress:
         compiled = request.compile(debug_dump=debug_dump, progress=progress)
         compiled.save(output)

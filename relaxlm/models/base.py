@@ -79,7 +79,7 @@ def _as_argument(expr: relax.Expr) -> Tensor:
 
 
 def _cos_sin(positions: Tensor, inverse_frequencies: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle of a step, once for all layers: two [n, head_dim / 2] float32."""
+    """Cosine and sine of every angle, once for all layers: two [n, head_dim / 2] float32."""
     frequencies = Tensor.from_const(inverse_frequencies)
 
     def table(name: str) -> Tensor:
@@ -114,9 +114,7 @@ class CausalLM(nn.Module):
         self, input_ids: Tensor, positions: Tensor, cache: CacheHandle, logit_positions: Tensor
     ) -> Tensor:
         """Token ids [n] and the rows wanted [m] to logits [m, vocab] float32."""
-        x = self.embed(input_ids)
-        for x in self._layers(x, positions, cache):
-            pass
+        *_, x = self._layers(self.embed(input_ids), positions, cache)
         return self._logits(self.model.norm(take_rows(x, logit_positions)))
 
     def hidden_states(self, input_ids: Tensor, positions: Tensor, cache: CacheHandle) -> tuple:

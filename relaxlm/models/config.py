@@ -12,15 +12,16 @@ from relaxlm.models.rope import Rope
 # bookkeeping of the library that wrote the file, and ids that gen_config reads by itself.
 WITHOUT_EFFECT = frozenset(
     """
-    _name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype
-    eos_token_id finetuning_task hidden_dropout id2label initializer_range is_decoder
-    is_encoder_decoder label2id layer_types max_window_layers model_type output_attentions
-    output_hidden_states output_scores pad_token_id pretraining_tp problem_type quantization_config
-    return_dict task_specific_params tokenizer_class torch_dtype torchscript transformers_version
-    transformers.js_config unk_token_id use_cache use_sliding_window unsloth_version unsloth_fixed
-    context_window_size prefill_chunk_size attention_sink_size tensor_parallel_shards
-    pipeline_parallel_stages max_batch_size disaggregation sliding_window_size rope_theta rope_scaling
-    rope_parameters kv_cache_dtype
+    _name_or_path architectures attention_dropout attention_sink_size auto_map bos_token_id
+    chunk_size_feed_forward context_window_size disaggregation dtype eos_token_id
+    finetuning_task hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
+    kv_cache_dtype label2id layer_types max_batch_size max_window_layers model_type
+    output_attentions output_hidden_states output_scores pad_token_id pipeline_parallel_stages
+    prefill_chunk_size pretraining_tp problem_type quantization_config return_dict
+    rope_parameters rope_scaling rope_theta sliding_window sliding_window_size
+    task_specific_params tensor_parallel_shards tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version
+    use_cache use_sliding_window
     """.split()
 )
 
@@ -51,7 +52,7 @@ class DecoderConfig(BaseModel):
     max_position_embeddings: PositiveInt
     rope: Rope
     tie_word_embeddings: bool
-    # One window per layer, 0 for full attention. Filled in by `read` from the spellings of the family.
+    # One window per layer, 0 for full attention; `read` fills it in from the family's spelling.
     windows: tuple[int, ...]
     attention_sinks: int = Field(ge=0)
 
@@ -119,8 +120,9 @@ class DecoderConfig(BaseModel):
         unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if unknown or len(kinds) != layers:
             raise UnsupportedError(
-                f"{where}: layer_types has {len(kinds)} entries with {unknown or 'known'} kinds; expected "
-                f"{layers}, each 'full_attention' or 'sliding_attention'"
+                f"{where}: layer_types has {len(kinds)} entries"
+                + (f", among them {', '.join(map(repr, unknown))}" if unknown else "")
+                + f"; expected {layers}, each 'full_attention' or 'sliding_attention'"
             )
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
@@ -131,7 +133,7 @@ class DecoderConfig(BaseModel):
 
     @property
     def sliding_window(self) -> int:
-        """Tokens after which a cached key is never read again; 0 if some layer reads all of them."""
+        """Tokens after which a key is never read again; 0 if some layer reads all of them."""
         return 0 if 0 in self.windows else max(self.windows)
 
     def with_window(self, window: int, sinks: int) -> "DecoderConfig":

@@ -1,4 +1,4 @@
-"""Qwen1.5, Qwen2 and Qwen2.5 dense decoders, after `transformers/models/qwen2/modeling_qwen2.py`."""
+"""Qwen1.5, Qwen2 and Qwen2.5, after `transformers/models/qwen2/modeling_qwen2.py`."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal

@@ -238,7 +238,7 @@ class ChatModule:
         )
 
     def benchmark_generate(self, prompt: str, generate_length: int) -> str:
-        """Generate exactly `generate_length` tokens, end tokens or not, apart from the conversation.
+        """Generate exactly `generate_length` tokens, whatever they are; the conversation stays.
 
         Returns:
             The text; `stats` has the speeds.

@@ -37,10 +37,9 @@ class Library:
         check_versions()
         path = Path(path)
         _check_file(path)
+        import tvm
         from tvm.runtime import load_module
         from tvm.runtime.vm import VirtualMachine
-
-        import tvm
 
         try:
             module = load_module(str(path))

@@ -40,7 +40,7 @@ class TensorInfo(_Strict):
 
 
 class CacheInfo(_Strict):
-    """The KV cache: `tensors` in the order of the `kv` tuple, each [pages, *shape] when allocated."""
+    """The KV cache; `tensors` in the order of the `kv` tuple, [pages, *shape] each."""
 
     dtype: str
     page_size: int

@@ -105,7 +105,7 @@ class Compiled:
         )
 
     def run(self, prompts: list[np.ndarray], chunks: list[int]) -> list[np.ndarray]:
-        """Feed sequences together, `chunks` tokens of each per step, and collect every row's logits.
+        """Feed sequences together, `chunks` tokens of each per step; returns every row's logits.
 
         Logits come `max_batch_size` rows at a time, so a step is repeated for further rows: the
         cache is rolled back in between.

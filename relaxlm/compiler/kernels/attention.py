@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-# Tokens per page. One AVX-512 register, or two to four smaller ones, hold a feature of a whole page.
+# Tokens per page: one AVX-512 register, or two to four smaller ones, hold a feature of a page.
 PAGE_SIZE = 16
 
 
@@ -39,9 +39,9 @@ class PageTensor:
 
 @functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
 def copy_kernel(page_shape: tuple[int, ...], dtype: str) -> tirx.PrimFunc:
-    """(pages [P, *page_shape], sources [k], targets [k]): pages[targets] = pages[sources], in place.
+    """(pages [P, *page_shape], sources [k], targets [k]): pages[targets] = pages[sources].
 
-    Plain blocks, which the schedule rules of every target know how to spread.
+    In place, and in plain blocks, which the schedule rules of every target know how to spread.
     """
     rows, columns = page_shape[0], math.prod(page_shape[1:-1])
     last = page_shape[-1]

@@ -27,7 +27,7 @@ from relaxlm.compiler.kernels.vector import (
 )
 from relaxlm.quantization.kv_cache import E4M3_MAX, KVFormat
 
-# Scores below any real one, but finite: a page whose first tokens are all masked must not give inf - inf.
+# Below any real score, but finite: a page of masked tokens must not give inf - inf.
 MASKED = -1e30
 
 
@@ -151,7 +151,7 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
         return to_float32(pages.vload(index, vector(format.dtype, width)), width)
 
     def visible(first, query):
-        """Which tokens of a page a query sees; `first` is the absolute position of the page's first."""
+        """Which tokens of a page a query sees; `first` is the position of the page's first."""
         mask = wide(first) + lane_index() <= wide(query)
         if window > 0:
             near = wide(query) - wide(first) - lane_index() < wide(T.int32(window))

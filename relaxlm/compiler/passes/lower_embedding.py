@@ -46,7 +46,8 @@ class _Rewriter(PyExprMutator):
             def value(t, h):
                 if quant is None:
                     return stored[0][ids[t], h].astype(dtype)
-                return element(quant, *stored, ids[t], h, dtype)
+                words, scales = stored
+                return element(quant, words, scales, ids[t], h, dtype)
 
             return te.compute((ids.shape[0], weight.shape[1]), value, name="embedding_lookup")
 

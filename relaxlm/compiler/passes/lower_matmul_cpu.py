@@ -41,7 +41,12 @@ class _Rewriter(PyExprMutator):
             and permute.op == tvm.ir.Op.get("relax.permute_dims")
             and permute.attrs.axes is None
         )
-        if not is_transpose or len(x.ty.shape) != 2 or str(x.ty.dtype) != "float32":
+        if (
+            permute is None
+            or not is_transpose
+            or len(x.ty.shape) != 2
+            or str(x.ty.dtype) != "float32"
+        ):
             return call
         weight = stored_weight(self.mod, permute.args[0], self.lookup_binding)
         if weight is None or len(weight.shape) != 2:

@@ -1,7 +1,8 @@
 """Turn the models' abstract attention into kernels for one target and one KV-cache format.
 
     forward(ids, positions, cache: Object, rows, *params):
-        out = call_dps_packed("relaxlm.paged_attention", (cache, q, k, v, layer, window, sinks, scale))
+        out = call_dps_packed(
+            "relaxlm.paged_attention", (cache, q, k, v, layer, window, sinks, scale))
     ->
     forward(ids, positions, slots, row_offsets, page_offsets, page_ids, kv_lengths, dropped,
             rows, kv: Tuple[pages, ...], *params):

@@ -1,0 +1,186 @@
+"""Configurations: old and new spellings, what transformers fills in, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+
+from relaxlm import models
+from relaxlm.errors import ConfigError, UnsupportedError
+from relaxlm.models.config import unknown_fields
+from tests.models.parity import tiny_config
+from tests.shared_data import SHARED, needs_shared_data
+
+
+@pytest.mark.parametrize("model_type", models.MODELS)
+def test_absent_fields_read_as_transformers_fills_them_in(model_type: str) -> None:
+    """Every default of ours is the one transformers' configuration class has."""
+    raw = tiny_config(model_type)
+    for field in ("rope_theta", "tie_word_embeddings", "num_key_value_heads", "head_dim"):
+        raw.pop(field)
+    ours = models.load_config(raw)
+    theirs: Any = transformers.AutoConfig.for_model(**raw)
+    assert ours.rope.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    if model_type == "qwen3":
+        assert ours.head_dim == theirs.head_dim == 128
+    else:
+        head_dim = getattr(theirs, "head_dim", None)
+        assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    for field in ("attention_bias", "mlp_bias"):
+        if hasattr(theirs, field):
+            assert getattr(ours, field) == getattr(theirs, field)
+    kinds = getattr(theirs, "layer_types", None)
+    if kinds is not None:
+        assert [bool(window) for window in ours.windows] == [k != "full_attention" for k in kinds]
+
+
+def test_number_of_kv_heads_defaults_to_that_of_heads() -> None:
+    raw = tiny_config("llama")
+    del raw["num_key_value_heads"]
+    assert models.load_config(raw).num_key_value_heads == raw["num_attention_heads"]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_inverse_frequencies_are_those_of_transformers(rope: dict) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    raw = tiny_config("llama", head_dim=128, rope_parameters={**rope, "rope_theta": 500000.0})
+    theirs = LlamaRotaryEmbedding(transformers.AutoConfig.for_model(**raw)).inv_freq.numpy()
+    ours = models.load_config(raw).rope.inverse_frequencies(128)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, rtol=2e-7, atol=0)
+
+
+def test_old_and_new_spelling_of_rope_are_one() -> None:
+    old = tiny_config("llama", rope_scaling={"type": "linear", "factor": 2.0})
+    new = tiny_config("llama")
+    del new["rope_theta"]
+    new["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+    assert models.load_config(old).rope == models.load_config(new).rope
+
+
+BAD = {
+    "model_type": (
+        {"model_type": "mamba"},
+        "config.json: model_type 'mamba' is not supported. Supported: llama, mistral, qwen2, qwen3",
+    ),
+    "no-model_type": (
+        {"model_type": None},
+        "config.json: model_type is missing. Is this the config.json of a Hugging Face model?",
+    ),
+    "activation": (
+        {"hidden_act": "gelu"},
+        "config.json: hidden_act = 'gelu' is not supported: Input should be 'silu'",
+    ),
+    "rope": (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        "config.json: rope_parameters.rope_type = 'yarn' is not supported: "
+        "Input should be 'default', 'linear', 'llama3'",
+    ),
+    "rope-field": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}},
+        "config.json: rope.mscale = 1.0: Extra inputs are not permitted",
+    ),
+    "missing": (
+        {"vocab_size": None},
+        "config.json: vocab_size is missing. Is this the config.json of the model itself?",
+    ),
+    "heads": (
+        {"num_key_value_heads": 3},
+        "config.json: Value error, num_attention_heads = 4 is not a multiple of "
+        "num_key_value_heads = 3",
+    ),
+    "odd-heads": (
+        {"head_dim": 15},
+        "config.json: Value error, head_dim = 15 is odd, rotary embeddings need pairs",
+    ),
+    "negative": (
+        {"hidden_size": -4},
+        "config.json: hidden_size = -4: Input should be greater than 0",
+    ),
+    "layer_types": (
+        {"layer_types": ["full_attention", "linear_attention"]},
+        "config.json: layer_types has 2 entries, among them 'linear_attention'; expected 2, each "
+        "'full_attention' or 'sliding_attention'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_not_supported_is_refused_by_name(case: str) -> None:
+    change, message = BAD[case]
+    with pytest.raises(ConfigError) as error:
+        models.load_config({**tiny_config("llama"), **change})
+    assert str(error.value) == message
+
+
+def test_mistral_with_biases_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="attention_bias = True is not supported"):
+        models.load_config(tiny_config("mistral", attention_bias=True))
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    def message(path: Path) -> str:
+        with pytest.raises(ConfigError) as error:
+            models.load_config(path)
+        return str(error.value)
+
+    file = tmp_path / "config.json"
+    assert message(tmp_path) == (
+        f"{file}: no such file, expected a model folder with config.json in it"
+    )
+    file.write_text("{")
+    assert message(tmp_path).startswith(f"{file}: not valid JSON")
+    file.write_text("[]")
+    assert message(tmp_path).startswith(f"{file}: holds a JSON list, expected a model config")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "is a Git LFS pointer" in message(tmp_path)
+
+
+def test_mlc_chat_config_is_read_like_config_json(tmp_path: Path) -> None:
+    raw = tiny_config("qwen2")
+    chat = {"model_type": "qwen2", "quantization": "q4f16_1", "model_config": raw}
+    (tmp_path / "mlc-chat-config.json").write_text(json.dumps(chat))
+    assert models.load_config(tmp_path) == models.load_config(raw)
+
+
+def test_unknown_fields_are_listed() -> None:
+    raw = tiny_config("llama", use_cache=True, logit_softcap=30.0, new_switch=False)
+    assert unknown_fields(models.load_config(raw), raw) == ["logit_softcap"]
+
+
+@needs_shared_data
+def test_real_configurations() -> None:
+    """Every real configuration is read, or refused for its architecture."""
+    supported = 0
+    for path in sorted((SHARED / "configs").glob("*.json")):
+        raw = json.loads(path.read_text())
+        if not isinstance(raw, dict) or "model_type" not in raw:
+            continue
+        if raw["model_type"] not in models.MODELS:
+            with pytest.raises(UnsupportedError, match=r"is not supported\\. Supported:"):
+                models.load_config(path)
+            continue
+        config = models.load_config(path)
+        assert unknown_fields(config, raw) == [], path.name
+        assert config.windows == (0,) * config.num_hidden_layers, path.name
+        supported += 1
+    assert supported >= 15
