@@ -31,7 +31,6 @@ from relaxlm.versions import (
 LIBRARIES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "pydantic", "typer")
 OPTIONAL_LIBRARIES = {"torch": "test", "transformers": "test"}  # and the extra that installs it
 
-CPU_FOLDER = Path("/sys/devices/system/cpu")
 SELF_TEST = [sys.executable, "-m", "relaxlm.compiler.self_test"]
 SELF_TEST_SECONDS = 300
 
@@ -92,6 +91,7 @@ def versions() -> Iterator[Finding]:
 
 def processor() -> Iterator[Finding]:
     from relaxlm.runtime.cpu import architecture, host_cpu_features
+    from relaxlm.runtime.threads import VARIABLE, usable_cores
 
     section = "processor"
     yield Finding(section, "name", _processor_name())
@@ -103,11 +103,9 @@ def processor() -> Iterator[Finding]:
         value = f"none known of {architecture()}"
         advice = "libraries are compiled for the plainest processor of this kind"
         yield Finding(section, "extensions", value, "absent", advice)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = physical_cores()
-    of_cores = f", {cores} physical cores" if cores else ""
-    yield Finding(section, "hardware threads", f"{usable}{of_cores}")
-    yield Finding(section, "TVM_NUM_THREADS", os.environ.get("TVM_NUM_THREADS") or "not set")
+    yield Finding(section, "physical cores", f"{usable_cores()} usable")
+    default = f"not set: relaxlm takes {usable_cores()}"
+    yield Finding(section, VARIABLE, os.environ.get(VARIABLE) or default)
     yield Finding(section, "memory", _memory())
 
 
@@ -171,7 +169,14 @@ def _version(command: Sequence[str]) -> str:
 
 
 def cache() -> Iterator[Finding]:
-    return iter(())
+    """Where libraries that were compiled on first use are kept, and what they take."""
+    from relaxlm.runtime.jit import cache_folder
+
+    folder = cache_folder()
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    size = format_bytes(sum(file.stat().st_size for file in files))
+    value = f"{size} in {len(files)} files" if files else "empty"
+    yield Finding("cache", "libraries", f"{value} ({folder})")
 
 
 def run_self_test() -> dict[str, Any]:
@@ -224,21 +229,6 @@ def _processor_name() -> str:
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def physical_cores() -> int | None:
-    if sys.platform == "darwin":
-        command = ["/usr/sbin/sysctl", "-n", "hw.physicalcpu"]
-        return int(subprocess.run(command, capture_output=True, text=True).stdout)
-    cores = set()
-    for topology in CPU_FOLDER.glob("cpu[0-9]*/topology"):
-        try:
-            cores.add(
-                tuple((topology / part).read_text() for part in ("physical_package_id", "core_id"))
-            )
-        except OSError:  # a core that is switched off
-            continue
-    return len(cores) or None
 
 
 def _cpuinfo() -> dict[str, str]:
