@@ -40,7 +40,7 @@ def compile(
         ),
     ] = None,
     opt: Annotated[
-        str, typer.Option("--opt", help="Effort of the code generators: O0, O1, O2 or O3.")
+        str, typer.Option("--opt", help="LLVM's optimisation level: O0, O1, O2 or O3 (CPU code).")
     ] = "O2",
     debug_dump: Annotated[
         Path | None,

@@ -91,7 +91,7 @@ def compile_model(
         CompileError: TVM, LLVM or nvcc failed.
     """
     config = config.with_window(options.sliding_window_size, options.attention_sink_size)
-    target = device.tvm_target()
+    target = device.tvm_target(options.opt_level)
     seconds: dict[str, float] = {}
     clock = _Stages(seconds, progress)
 
@@ -138,7 +138,7 @@ def _lower(
         debug_dump.mkdir(parents=True, exist_ok=True)
         instruments.append(tvm.ir.instrument.DumpIR(str(debug_dump)))
     context = tvm.transform.PassContext(opt_level=3, instruments=instruments)
-    with device.tvm_target(), context:
+    with device.tvm_target(options.opt_level), context:
         module = tvm.transform.Sequential(lowering_passes(lowering))(module)
         module = _bound_shapes(module, bounds)
         module = tvm.transform.Sequential(memory_passes())(module)

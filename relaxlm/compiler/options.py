@@ -22,7 +22,8 @@ OPT_LEVELS = ("O0", "O1", "O2", "O3")
 class CompileOptions:
     """The limits a library is compiled for; counts are in tokens.
 
-    `sliding_window_size` 0 means what the model itself says. `opt` is LLVM's and nvcc's level.
+    `sliding_window_size` 0 means what the model itself says. `opt` is LLVM's
+    level; GPU kernels are always compiled with nvcc's default, the highest.
     """
 
     context_window_size: int
@@ -32,6 +33,10 @@ class CompileOptions:
     attention_sink_size: int
     kv_format: KVFormat
     opt: str
+
+    @property
+    def opt_level(self) -> int:
+        return OPT_LEVELS.index(self.opt)
 
     @staticmethod
     def resolve(
@@ -72,6 +77,11 @@ class CompileOptions:
             get_kv_format(str(given.get("kv_cache_dtype", scheme.dtype))),
             opt,
         )
+        if options.attention_sink_size and not (window or config.sliding_window):
+            raise ConfigError(
+                f"attention_sink_size = {options.attention_sink_size} has no effect without a "
+                "sliding window: set sliding_window_size, too, or leave it out"
+            )
         return options._checked()
 
     def _checked(self) -> "CompileOptions":

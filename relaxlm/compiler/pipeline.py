@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import tvm
 from tvm import relax
+from tvm.s_tir import dlight
 
-from relaxlm.compiler.kernels import cpu_attention
+from relaxlm.compiler.kernels import cpu_attention, cuda_attention
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
@@ -21,9 +22,8 @@ from relaxlm.quantization.schemes import Scheme
 from relaxlm.quantization.transform import QuantizeParameters
 
 ATTENTION = {
-    "cpu": AttentionKernels(
-        cpu_attention.page_tensors, cpu_attention.append_kernel, cpu_attention.attend_kernel
-    ),
+    kind: AttentionKernels(kind, kernels.page_tensors, kernels.append_kernel, kernels.attend_kernel)
+    for kind, kernels in (("cpu", cpu_attention), ("cuda", cuda_attention))
 }
 
 
@@ -58,14 +58,32 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.BundleModelParams("params"),
         # Weights -> kernels that read what is stored.
         LowerEmbedding(),
-        *([LowerMatmulCPU()] if lowering.kind == "cpu" else []),
+        *(
+            [LowerMatmulCPU()]
+            if lowering.kind == "cpu"
+            else [relax.transform.FuseTransposeMatmul()]
+        ),
         # The other operators: one loop nest per group.
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+        # Loop nests -> parallel loops, or grids of threads.
+        *([] if lowering.kind == "cpu" else [_gpu_schedules()]),
     ]
+
+
+def _gpu_schedules() -> tvm.transform.Pass:
+    """TVM's schedule rules for GPUs; the first that applies to a function schedules it."""
+    return dlight.ApplyDefaultSchedule(
+        dlight.gpu.Matmul(),
+        dlight.gpu.GEMV(),
+        dlight.gpu.Reduction(),
+        dlight.gpu.GeneralReduction(),
+        dlight.gpu.Fallback(),
+    )
 
 
 def memory_passes() -> list[tvm.transform.Pass]:

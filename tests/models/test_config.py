@@ -176,7 +176,7 @@ def test_real_configurations() -> None:
         if not isinstance(raw, dict) or "model_type" not in raw:
             continue
         if raw["model_type"] not in models.MODELS:
-            with pytest.raises(UnsupportedError, match=r"is not supported\\. Supported:"):
+            with pytest.raises(UnsupportedError, match=r"is not supported\. Supported:"):
                 models.load_config(path)
             continue
         config = models.load_config(path)

@@ -1,11 +1,12 @@
 """What the attention kernels of every target agree on."""
 
 import functools
-import math
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script import tirx as T
+
+from relaxlm.compiler.kernels.vector import as_relax_kernel
 
 # Tokens per page: one AVX-512 register, or two to four smaller ones, hold a feature of a page.
 PAGE_SIZE = 16
@@ -38,40 +39,40 @@ class PageTensor:
 
 
 @functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
-def copy_kernel(page_shape: tuple[int, ...], dtype: str) -> tirx.PrimFunc:
+def copy_kernel(page_shape: tuple[int, ...], dtype: str, kind: str) -> tirx.PrimFunc:
     """(pages [P, *page_shape], sources [k], targets [k]): pages[targets] = pages[sources].
 
-    In place, and in plain blocks, which the schedule rules of every target know how to spread.
+    In place; no page is both a source and a target. One task, or block of threads, per page.
     """
-    rows, columns = page_shape[0], math.prod(page_shape[1:-1])
-    last = page_shape[-1]
+    # Scales have one axis less than keys and values.
+    a, b, c = page_shape if len(page_shape) == 3 else (1, *page_shape)
+    flat = len(page_shape) == 2
+    size, threads = a * b * c, 256
 
-    if len(page_shape) == 2:
+    def at(page, i):
+        place = (page, i // (b * c), i // c % b, i % c)
+        return (place[0], *place[2:]) if flat else place
 
-        @T.prim_func(s_tir=True)
-        def copy_scales(pages_h: T.handle, sources_h: T.handle, targets_h: T.handle):
-            T.func_attr({"tirx.noalias": True})
-            total, count = T.int64(), T.int64()
-            pages = T.match_buffer(pages_h, (total, rows, last), dtype)
-            sources = T.match_buffer(sources_h, (count,), "int32")
-            targets = T.match_buffer(targets_h, (count,), "int32")
-            for i, a, c in T.grid(count, rows, last):
-                with T.sblock("copy"):
-                    at, row, column = T.axis.remap("SSS", [i, a, c])
-                    pages[targets[at], row, column] = pages[sources[at], row, column]
+    @T.macro
+    def copy_one(pages, source, target, i):
+        pages[at(target, i)] = pages[at(source, i)]
 
-        return copy_scales.without_attr("global_symbol")
-
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True, check_well_formed=False)
     def copy(pages_h: T.handle, sources_h: T.handle, targets_h: T.handle):
         T.func_attr({"tirx.noalias": True})
         total, count = T.int64(), T.int64()
-        pages = T.match_buffer(pages_h, (total, rows, columns, last), dtype)
+        pages = T.match_buffer(pages_h, (total, *page_shape), dtype)
         sources = T.match_buffer(sources_h, (count,), "int32")
         targets = T.match_buffer(targets_h, (count,), "int32")
-        for i, a, b, c in T.grid(count, rows, columns, last):
-            with T.sblock("copy"):
-                at, row, middle, column = T.axis.remap("SSSS", [i, a, b, c])
-                pages[targets[at], row, middle, column] = pages[sources[at], row, middle, column]
+        if kind == "cpu":
+            for k in T.parallel(count):
+                for i in T.serial(size):
+                    copy_one(pages, sources[k], targets[k], i)
+        else:
+            for k in T.thread_binding(count, "blockIdx.x"):
+                for t in T.thread_binding(threads, "threadIdx.x"):
+                    for step in T.serial((size + threads - 1) // threads):
+                        if step * threads + t < size:
+                            copy_one(pages, sources[k], targets[k], step * threads + t)
 
-    return copy.without_attr("global_symbol")
+    return as_relax_kernel(copy)

@@ -40,6 +40,7 @@ TABLES = {
 class AttentionKernels:
     """The kernels of one target: see `compiler/kernels/cpu_attention.py` for their arguments."""
 
+    kind: str
     page_tensors: Callable[[AttentionShape, KVFormat], tuple[PageTensor, ...]]
     append: Callable[[AttentionShape, KVFormat, str], tirx.PrimFunc]
     attend: Callable[[AttentionShape, KVFormat, str], tirx.PrimFunc]
@@ -70,7 +71,7 @@ class LowerPagedAttention:
                 if any(param.name == "cache" for param in function.params):
                     rewriter.builder_.update_func(name, rewriter.rewrite(function))
         mod = rewriter.builder_.finalize()
-        return _add_copy_pages(mod, self.page_type())
+        return _add_copy_pages(mod, self.page_type(), self.kernels.kind)
 
     def layer_tensors(self, layer: int) -> tuple[PageTensor, ...]:
         return self.kernels.page_tensors(layer_shape(self.config, layer), self.format)
@@ -163,7 +164,7 @@ class _Rewriter(PyExprMutator):
         )
 
 
-def _add_copy_pages(mod: tvm.IRModule, kv_type: relax.TupleType) -> tvm.IRModule:
+def _add_copy_pages(mod: tvm.IRModule, kv_type: relax.TupleType, kind: str) -> tvm.IRModule:
     builder = relax.BlockBuilder(mod)
     count = tirx.Var("k", "int64")
     kv = relax.Var("kv", kv_type)
@@ -174,7 +175,7 @@ def _add_copy_pages(mod: tvm.IRModule, kv_type: relax.TupleType) -> tvm.IRModule
             copied = []
             for index, tensor in enumerate(kv_type.fields):
                 page_shape = tuple(int(extent) for extent in list(tensor.shape)[1:])
-                kernel = builder.add_func(copy_kernel(page_shape, str(tensor.dtype)), "copy")
+                kernel = builder.add_func(copy_kernel(page_shape, str(tensor.dtype), kind), "copy")
                 pages = builder.emit(relax.TupleGetItem(kv, index))
                 call = relax.call_tir_inplace(kernel, [pages, sources, targets], [0], [tensor])
                 copied.append(builder.emit(call))

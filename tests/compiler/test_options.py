@@ -1,0 +1,82 @@
+"""Limits and the cache's format: where they come from, and what is refused."""
+
+import pytest
+
+from relaxlm import models
+from relaxlm.compiler.options import CompileOptions, parse_overrides
+from relaxlm.errors import ConfigError
+from relaxlm.quantization.schemes import get_scheme
+from tests.models.parity import tiny_config
+
+CONFIG = models.load_config(tiny_config("llama", max_position_embeddings=512))
+
+
+def resolve(chat: dict | None = None, overrides: str = "", opt: str = "O2") -> CompileOptions:
+    return CompileOptions.resolve(CONFIG, get_scheme("q4f16_1"), chat, overrides, opt)
+
+
+def test_the_model_decides_where_nothing_is_said() -> None:
+    options = resolve()
+    assert options.context_window_size == 512
+    assert options.prefill_chunk_size == 512
+    assert options.sliding_window_size == 0
+    assert options.kv_format.name == "float16"
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_model() -> None:
+    chat = {"context_window_size": 256, "prefill_chunk_size": 64, "sliding_window_size": -1}
+    options = resolve(chat, "context_window_size=128; kv_cache_dtype=fp8")
+    assert options.context_window_size == 128
+    assert options.prefill_chunk_size == 64
+    assert options.sliding_window_size == 0
+    assert options.kv_format.name == "float8_e4m3"
+
+
+def test_limits_are_brought_into_agreement() -> None:
+    options = resolve(overrides="context_window_size=32;max_batch_size=64")
+    assert (options.prefill_chunk_size, options.max_batch_size) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "context=5",
+            "--overrides: 'context=5' is not understood, expected KEY=VALUE separated by ';' with "
+            "a key of: context_window_size, prefill_chunk_size, max_batch_size, "
+            "sliding_window_size, attention_sink_size, kv_cache_dtype",
+        ),
+        (
+            "context_window_size=-4",
+            "--overrides: context_window_size='-4', expected a whole number of tokens from 1 on",
+        ),
+        (
+            "attention_sink_size=x",
+            "--overrides: attention_sink_size='x', expected a whole number of tokens from 0 on",
+        ),
+        (
+            "attention_sink_size=4",
+            "attention_sink_size = 4 has no effect without a sliding window: set "
+            "sliding_window_size, too, or leave it out",
+        ),
+        (
+            "kv_cache_dtype=int4",
+            "kv_cache_dtype = 'int4' is not a KV-cache format. Known: float32, float16, bfloat16, "
+            "float8_e4m3 (short: f32, f16, bf16, fp8)",
+        ),
+    ],
+)
+def test_malformed_overrides_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(overrides=text)
+    assert str(error.value) == message
+
+
+def test_unknown_optimisation_level_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--opt O7: expected one of O0, O1, O2, O3"):
+        resolve(opt="O7")
+
+
+def test_parse_overrides_ignores_spaces_and_empty_parts() -> None:
+    assert parse_overrides(" max_batch_size = 4 ;; ") == {"max_batch_size": 4}
+    assert parse_overrides(None) == {}
