@@ -120,6 +120,15 @@ def test_an_unknown_dtype_is_listed_under_its_own_name(tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path).names() == {"w": ((6,), "F4")}
 
 
+def test_tensors_are_listed_by_position_whatever_the_order_of_the_header(tmp_path: Path) -> None:
+    header = {
+        name: {"dtype": "U8", "shape": [2], "data_offsets": [begin, begin + 2]}
+        for name, begin in (("a", 4), ("b", 0), ("c", 2))
+    }
+    write_header(tmp_path, header, bytes(6))
+    assert list(Checkpoint.open(tmp_path).names()) == ["b", "c", "a"]
+
+
 NOTHING = (
     "no weights found, expected model.safetensors or pytorch_model.bin, or one of "
     "them with .index.json and the files it names; "

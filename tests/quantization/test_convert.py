@@ -272,6 +272,7 @@ def test_a_used_tensor_that_is_no_float_is_refused_before_any_work(tmp_path: Pat
         f"{file}: tensor lm_head.weight has dtype int16, "
         "expected one of float64, float32, float16, bfloat16"
     )
+    assert not (tmp_path / "out").exists()
 
 
 def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
