@@ -157,6 +157,9 @@ def _columns(shape: tuple[int, int], quant: GroupQuant, out_dtype: str) -> tirx.
     def first(task):
         return T.min(task * lanes, n - lanes)
 
+    def across(start):
+        return T.ramp(start, 1, lanes) if lanes > 1 else start
+
     def codes(word, i):
         mask = T.uint32((1 << bits) - 1)
         shift = T.uint32(bits * i) if isinstance(i, int) else T.cast(i * bits, "uint32")
@@ -181,7 +184,7 @@ def _columns(shape: tuple[int, int], quant: GroupQuant, out_dtype: str) -> tirx.
             sums = T.decl_buffer((lanes,), "float32", scope="global")
             for j in T.serial(words):
                 for i in T.unroll(per_word):
-                    panel[T.ramp((j * per_word + i) * lanes, 1, lanes)] = codes(
+                    panel[across((j * per_word + i) * lanes)] = codes(
                         weight.vload([j, first(task)], vector("uint32", lanes)), i
                     ) * to_float32(
                         scale.vload(
@@ -190,14 +193,14 @@ def _columns(shape: tuple[int, int], quant: GroupQuant, out_dtype: str) -> tirx.
                         lanes,
                     )
             for row in T.serial(m):
-                sums[T.ramp(0, 1, lanes)] = splat(0.0, lanes)
+                sums[across(0)] = splat(0.0, lanes)
                 for i in T.serial(k):
-                    sums[T.ramp(0, 1, lanes)] = multiply_add(
+                    sums[across(0)] = multiply_add(
                         splat(x[row, i], lanes),
                         panel.vload([i * lanes], vector("float32", lanes)),
                         sums.vload([0], vector("float32", lanes)),
                     )
-                out[row, T.ramp(first(task), 1, lanes)] = T.cast(
+                out[row, across(first(task))] = T.cast(
                     sums.vload([0], vector("float32", lanes)), vector(out_dtype, lanes)
                 )
 
