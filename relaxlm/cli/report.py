@@ -29,7 +29,7 @@ def memory_lines(info: LibraryMetadata) -> list[str]:
     limits, cache = info.limits, info.kv_cache
     tokens = limits.sliding_window_size or limits.context_window_size
     kv_cache = tokens * cache.bytes_per_token
-    temporary = max(info.memory.temporary.values())
+    temporary = info.memory.temporary["forward"]
     total = info.memory.params + kv_cache + temporary
     window = "sliding window" if limits.sliding_window_size else "context"
     return [

@@ -84,7 +84,7 @@ class Executor:
         return Memory(
             self.metadata.memory.params,
             self.pages * cache.page_size * cache.bytes_per_token,
-            max(self.metadata.memory.temporary.values()),
+            self.metadata.memory.temporary["forward"],
         )
 
     def forward(
