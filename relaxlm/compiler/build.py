@@ -196,7 +196,7 @@ def _metadata(
     tensors = [
         TensorInfo(name=f"{layer}.{tensor.name}", shape=tensor.page_shape, dtype=tensor.dtype)
         for layer in range(config.num_hidden_layers)
-        for tensor in lowering.page_tensors(layer)
+        for tensor in lowering.page_tensors()
     ]
     return LibraryMetadata(
         contract=CONTRACT,

@@ -13,7 +13,7 @@ from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
 from relaxlm.compiler.passes.lower_paged_attention import (
     AttentionKernels,
     LowerPagedAttention,
-    layer_shape,
+    cache_shape,
 )
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.weights import ParameterSpec
@@ -37,9 +37,9 @@ class Lowering:
     kv_format: KVFormat
     kind: str
 
-    def page_tensors(self, layer: int) -> tuple[PageTensor, ...]:
-        """The cache tensors of one layer."""
-        return ATTENTION[self.kind].page_tensors(layer_shape(self.config, layer), self.kv_format)
+    def page_tensors(self) -> tuple[PageTensor, ...]:
+        """The cache tensors of each layer."""
+        return ATTENTION[self.kind].page_tensors(cache_shape(self.config), self.kv_format)
 
 
 def compute_dtype(kind: str, scheme: Scheme) -> str:

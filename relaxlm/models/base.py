@@ -142,15 +142,15 @@ class CausalLM(nn.Module):
     def export_spec(self) -> dict:
         """Signatures of the entry points, for `export_tvm`."""
 
-        def method(name: str, **arguments) -> dict:
+        def method(**arguments) -> dict:
             return {**arguments, "$": {"param_mode": "plain", "effect_mode": "none"}}
 
         ids, rows = spec.Tensor(["n"], "int32"), spec.Tensor(["m"], "int32")
         step = {"input_ids": ids, "positions": ids, "cache": spec.Object(CacheHandle)}
         return {
-            "forward": method("forward", **step, logit_positions=rows),
-            "hidden_states": method("hidden_states", **step),
-            "embed": method("embed", input_ids=ids),
+            "forward": method(**step, logit_positions=rows),
+            "hidden_states": method(**step),
+            "embed": method(input_ids=ids),
         }
 
     def parameter_specs(self) -> list[ParameterSpec]:

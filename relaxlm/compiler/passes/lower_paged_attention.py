@@ -14,7 +14,7 @@ format; only this pass and its kernels know what a page looks like. Runs before 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm import relax, tirx
@@ -46,16 +46,10 @@ class AttentionKernels:
     attend: Callable[[AttentionShape, KVFormat, str], tirx.PrimFunc]
 
 
-def layer_shape(config: DecoderConfig, layer: int) -> AttentionShape:
-    """The attention of one layer, as far as its pages go."""
-    window = config.windows[layer]
+def cache_shape(config: DecoderConfig) -> AttentionShape:
+    """The shape of every layer's cache; windows and scales make no difference to it."""
     return AttentionShape(
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        window,
-        config.attention_sinks if window else 0,
-        config.head_dim**-0.5,
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim, 0, 0, 0.0
     )
 
 
@@ -73,19 +67,14 @@ class LowerPagedAttention:
         mod = rewriter.builder_.finalize()
         return _add_copy_pages(mod, self.page_type(), self.kernels.kind)
 
-    def layer_tensors(self, layer: int) -> tuple[PageTensor, ...]:
-        return self.kernels.page_tensors(layer_shape(self.config, layer), self.format)
-
     def page_type(self) -> relax.TupleType:
         """All layers' tensors in one tuple: layer 0's k, v, (scales), then layer 1's."""
         pages = tirx.Var("pages", "int64")
-        return relax.TupleType(
-            [
-                relax.TensorType((pages, *tensor.page_shape), tensor.dtype)
-                for layer in range(self.config.num_hidden_layers)
-                for tensor in self.layer_tensors(layer)
-            ]
-        )
+        layer = [
+            relax.TensorType((pages, *tensor.page_shape), tensor.dtype)
+            for tensor in self.kernels.page_tensors(cache_shape(self.config), self.format)
+        ]
+        return relax.TupleType(layer * self.config.num_hidden_layers)
 
 
 @mutator
@@ -132,29 +121,22 @@ class _Rewriter(PyExprMutator):
             int(q.ty.shape[1]), int(k.ty.shape[1]), int(q.ty.shape[2]), window, sinks, scale.value
         )
         kernels, format, dtype = self.lowering.kernels, self.lowering.format, str(q.ty.dtype)
-        tensors = kernels.page_tensors(shape, format)
+        # The append does not depend on window and scale: one kernel for all layers.
+        cache = replace(shape, window=0, sinks=0, scale=0.0)
+        count = len(kernels.page_tensors(cache, format))
         pages = [
-            self.builder_.emit(relax.TupleGetItem(self.kv, layer * len(tensors) + i))
-            for i in range(len(tensors))
+            self.builder_.emit(relax.TupleGetItem(self.kv, layer * count + i)) for i in range(count)
         ]
-        # The append does not depend on window and scale: one kernel for all layers of a shape.
-        append = self.builder_.add_func(
-            kernels.append(
-                AttentionShape(shape.q_heads, shape.kv_heads, shape.head_dim, 0, 0, 0.0),
-                format,
-                dtype,
-            ),
-            "append_to_pages",
-        )
+        append = self.builder_.add_func(kernels.append(cache, format, dtype), "append_to_pages")
         updated = self.builder_.emit(
             relax.call_tir_inplace(
                 append,
                 [k, v, self.tables["slots"], *pages],
-                list(range(3, 3 + len(tensors))),
+                list(range(3, 3 + count)),
                 [page.ty for page in pages],
             )
         )
-        pages = [self.builder_.emit(relax.TupleGetItem(updated, i)) for i in range(len(tensors))]
+        pages = [self.builder_.emit(relax.TupleGetItem(updated, i)) for i in range(count)]
         attend = self.builder_.add_func(kernels.attend(shape, format, dtype), "paged_attention")
         names = ("row_offsets", "page_offsets", "page_ids", "kv_lengths", "dropped")
         return relax.call_tir(
