@@ -1,0 +1,103 @@
+"""Finds the named conversation template that comes closest to a model's own chat template.
+
+relaxlm renders the chat template itself. Other tools that read the folder know only
+`conv_template`; they get the named template that writes most of a few conversations alike.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from relaxlm.errors import TemplateError
+from relaxlm.runtime.conv_template_table import CONV_TEMPLATES
+from relaxlm.runtime.conv_templates import ConvTemplate
+from relaxlm.runtime.named_template import NamedTemplate
+from relaxlm.runtime.template import ChatTemplate
+from relaxlm.runtime.tokenizer import Tokenizer
+
+_SYSTEM = {"role": "system", "content": "Answer in one word."}
+_USER = {"role": "user", "content": "What is red?"}
+_REPLY = {"role": "assistant", "content": "Blood."}
+_AGAIN = {"role": "user", "content": "And\nblue?"}
+PROBES: tuple[list[dict[str, Any]], ...] = (
+    [_USER],
+    [_SYSTEM, _USER, _REPLY, _AGAIN],
+    [_USER, _REPLY, _AGAIN],
+)
+
+# For a template that no name fits: a token that gives the family away.
+_FAMILIES = {
+    "<|start_header_id|>": "llama-3_1",
+    "<|header_start|>": "llama-4",
+    "<|im_start|>": "chatml",
+    "<start_of_turn>": "gemma_instruction",
+    "[SYSTEM_PROMPT]": "ministral3",
+    "[INST]": "mistral_default",
+    "<|end|>": "phi-3",
+}
+
+
+@dataclass(frozen=True)
+class Closest:
+    """`template` writes `alike` of the probes as the chat template does."""
+
+    template: ConvTemplate
+    alike: int
+
+
+def closest_template(chat: ChatTemplate, tokenizer: Tokenizer, model_type: str) -> Closest:
+    """The best of CONV_TEMPLATES for a chat template, with the vocabulary's ids.
+
+    The conversation with a system message counts most, if need be without its spaces. The
+    result's default system message is the one that the chat template writes by itself.
+    """
+    expected = [_rendered(chat, probe, tokenizer) for probe in PROBES]
+    best: tuple[tuple[bool, bool, int, bool], NamedTemplate] | None = None
+    for name, entry in CONV_TEMPLATES.items():
+        if "strftime_now" not in chat.source:  # a date must not be frozen in the file
+            entry = _with_own_system_message(entry, expected[0])
+        written = [_written(entry, probe) for probe in PROBES]
+        alike = [ours == theirs for ours, theirs in zip(written, expected, strict=True)]
+        nearly = _squeezed(written[1]) == _squeezed(expected[1])
+        score = (alike[1], nearly, sum(alike), name.startswith(model_type))
+        if (nearly or sum(alike) > 1) and (best is None or score > best[0]):
+            best = score, entry
+    if best is not None:
+        return Closest(best[1].resolve(tokenizer), best[0][2])
+    for token, name in _FAMILIES.items():
+        if tokenizer.token_to_id(token) is not None:
+            return Closest(CONV_TEMPLATES[name].resolve(tokenizer), 0)
+    return Closest(CONV_TEMPLATES["LM"].resolve(tokenizer), 0)
+
+
+def _squeezed(text: str | None) -> str | None:
+    return None if text is None else "".join(text.split())
+
+
+def _rendered(chat: ChatTemplate, probe: list[dict[str, Any]], tokenizer: Tokenizer) -> str | None:
+    try:
+        return chat.render(probe, special_tokens=tokenizer.special_tokens)
+    except TemplateError:  # no system messages, or tools only
+        return None
+
+
+def _written(entry: NamedTemplate, probe: list[dict[str, Any]]) -> str:
+    text = entry.template.render(probe)
+    begin = "".join(entry.begin)
+    return text if text.startswith(begin) else begin + text
+
+
+def _with_own_system_message(entry: NamedTemplate, text: str | None) -> NamedTemplate:
+    """The entry with the system message that `text`, a prompt for [_USER], has by itself."""
+    mark = "\0"
+    before, _, after = _written(entry, [{"role": "system", "content": mark}, _USER]).partition(mark)
+    if (
+        text is None
+        or not text.startswith(before)
+        or not text.endswith(after)
+        or len(text) < len(before) + len(after)
+    ):
+        return entry
+    message = text[len(before) : len(text) - len(after)]
+    return NamedTemplate(
+        entry.template.model_copy(update={"system_message": message}), entry.begin, entry.stop
+    )
