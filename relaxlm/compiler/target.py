@@ -1,0 +1,241 @@
+"""What a library is compiled for: a device, its architectures and the CPU features of host code.
+
+`resolve_device` turns the options `--device` and `--arch` into a `DeviceTarget` and refuses what
+relaxlm cannot compile, before any work starts. It does not import TVM; `DeviceTarget.tvm_target`
+does.
+
+On the CPU, LLVM gets a processor name for its cost model and an explicit list of instruction-set
+extensions. The name comes from LLVM, which guesses it from family and model numbers; in a virtual
+machine the guess can name a processor that has more or fewer extensions than this one. Hence the
+list comes from the operating system (`relaxlm.runtime.cpu`): every extension there is switched on,
+every other one that the name implies is switched off, and the result is read back from LLVM.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from relaxlm.errors import CompileError, ConfigError, UnsupportedError
+from relaxlm.runtime import cpu, cuda
+
+if TYPE_CHECKING:
+    import tvm
+
+Kind = Literal["cpu", "cuda"]
+DEVICES = ("auto", "cpu", "cuda")
+
+REFUSED = {
+    "vulkan": "the released TVM has no Vulkan code generator; use cuda on an NVIDIA GPU, or cpu",
+    "nvptx": "TVM's LLVM back end for it fails on float16 kernels; use cuda, which compiles "
+    "with nvcc",
+}
+
+# GPU architectures that CUDA 13 compiles for, and a card of each. Code for sm_XY also runs on
+# later minor versions of the same major one; PTX of the newest covers what comes after.
+CUDA_ARCHITECTURES = {
+    "sm_75": "T4, RTX 20",
+    "sm_80": "A100",
+    "sm_86": "RTX 30, A10",
+    "sm_87": "Jetson Orin",
+    "sm_88": "",
+    "sm_89": "RTX 40, L4, L40",
+    "sm_90": "H100, H200",
+    "sm_100": "B200",
+    "sm_103": "B300",
+    "sm_110": "Jetson Thor",
+    "sm_120": "RTX 50",
+    "sm_121": "DGX Spark",
+}
+
+# Portable CPU architectures: the levels of the x86-64 psABI.
+_LEVEL_2 = ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3")
+_LEVEL_3 = (*_LEVEL_2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
+_LEVEL_4 = (*_LEVEL_3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+CPU_LEVELS: dict[str, tuple[str, ...]] = {
+    "x86-64-v2": _LEVEL_2,
+    "x86-64-v3": _LEVEL_3,
+    "x86-64-v4": _LEVEL_4,
+}
+
+
+@dataclass(frozen=True)
+class DeviceTarget:
+    """A device to compile for.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        arch: cuda: the real architectures, oldest first. cpu: ("native",) or a psABI level.
+        cpu_features: LLVM names, sorted, of what the CPU code in the library may use beyond the
+            architecture's baseline. Empty for cuda: host code only launches kernels.
+        suffix: of the library's file name on this operating system.
+    """
+
+    kind: Kind
+    arch: tuple[str, ...]
+    cpu_features: tuple[str, ...]
+    suffix: str
+
+    def tvm_target(self, opt_level: int = 2) -> tvm.target.Target:
+        """The target with its host, as TVM wants it. Imports TVM.
+
+        Args:
+            opt_level: LLVM's, 0 to 3, for code of the CPU.
+
+        Raises:
+            CompileError: LLVM would use CPU features that are not in `cpu_features`.
+        """
+        from tvm.target import Target
+
+        if self.kind == "cuda":
+            device = {
+                "kind": "cuda",
+                # Kernels are generated once and compiled for every architecture.
+                "arch": self.arch[0],
+                "max_threads_per_block": 1024,
+                "max_shared_memory_per_block": 48 * 1024,
+                "thread_warp_size": 32,
+            }
+            return Target(device, host={"kind": "llvm", "opt-level": opt_level})
+        return _llvm_target(self, opt_level)
+
+    def describe(self) -> dict[str, Any]:
+        """What a library's metadata says of its target, as JSON values."""
+        return {
+            "kind": self.kind,
+            "arch": list(self.arch),
+            "cpu": cpu.architecture(),
+            "cpu_features": list(self.cpu_features),
+        }
+
+    def check_output(self, path: Path) -> None:
+        """Refuse a file name that does not end in `suffix`.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if path.suffix != self.suffix:
+            raise ConfigError(
+                f"output {path}: a library for {self.kind} on this system is a *{self.suffix} "
+                f"file, not '{path.suffix}'"
+            )
+
+
+def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
+    """The target that `--device` and `--arch` name.
+
+    Args:
+        device: "auto" (cuda if there is a usable GPU, else cpu), "cpu" or "cuda".
+        arch: cuda: comma-separated real architectures, "sm_80,sm_90"; the machine's GPUs if None.
+            cpu: "native" (the same as None) or "x86-64-v2" .. "x86-64-v4".
+
+    Raises:
+        ConfigError: an unknown device or architecture, or no GPU to take the architecture from.
+        UnsupportedError: a device that TVM has, and that relaxlm does not compile for.
+    """
+    if device in REFUSED:
+        raise UnsupportedError(f"device '{device}' is not supported: {REFUSED[device]}")
+    if device not in DEVICES:
+        raise ConfigError(f"unknown device '{device}'; the devices are {', '.join(DEVICES)}")
+    if device == "auto":
+        device = "cuda" if usable_gpu() else "cpu"
+    if device == "cuda":
+        return _cuda(arch)
+    return _cpu(arch)
+
+
+def usable_gpu() -> bool:
+    """Whether CUDA libraries can run here: Linux, a driver and at least one GPU."""
+    return sys.platform == "linux" and bool(cuda.gpus())
+
+
+def library_suffix(system: str | None = None) -> str:
+    """The suffix of shared libraries on `system`, a value of `sys.platform`."""
+    return {"darwin": ".dylib", "win32": ".dll"}.get(system or sys.platform, ".so")
+
+
+def _cuda(arch: str | None) -> DeviceTarget:
+    if sys.platform != "linux":
+        raise UnsupportedError(
+            f"device 'cuda' is not supported on {platform.system()}: libraries for CUDA are "
+            "compiled on Linux; use cpu"
+        )
+    if arch is not None:
+        names = parse_cuda_archs(arch)
+    else:
+        found = {gpu.arch for gpu in cuda.gpus()}
+        if not found:
+            raise ConfigError(
+                "device 'cuda': no NVIDIA GPU is here to take the architecture from; name it: "
+                "--arch sm_80 (A100), --arch sm_90 (H100), or several, --arch sm_80,sm_90"
+            )
+        names = parse_cuda_archs(",".join(sorted(found)))
+    return DeviceTarget("cuda", names, (), library_suffix())
+
+
+def parse_cuda_archs(text: str) -> tuple[str, ...]:
+    """The architectures in "sm_90,sm_80", oldest first, each once.
+
+    Raises:
+        ConfigError: a malformed name, or one that CUDA 13 does not compile for.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        match = re.fullmatch(r"sm_(\d+)", name)
+        if match is None:
+            raise ConfigError(
+                f"arch '{text}': '{name}' is not the name of a GPU architecture, such as sm_80; "
+                "several are separated by commas"
+            )
+        if int(match[1]) < 75:
+            raise ConfigError(
+                f"arch '{text}': CUDA 13 does not compile for {name}; the oldest is sm_75"
+            )
+        if name not in CUDA_ARCHITECTURES:
+            raise ConfigError(
+                f"arch '{text}': {name} is not known; CUDA 13 compiles for "
+                + ", ".join(CUDA_ARCHITECTURES)
+            )
+    return tuple(sorted(set(names), key=arch_number))
+
+
+def arch_number(arch: str) -> int:
+    """80 for "sm_80"."""
+    return int(arch.removeprefix("sm_"))
+
+
+def _cpu(arch: str | None) -> DeviceTarget:
+    if arch is None or arch == "native":
+        features = tuple(sorted(cpu.host_cpu_features()))
+        return DeviceTarget("cpu", ("native",), features, library_suffix())
+    levels = CPU_LEVELS if cpu.architecture() == "x86_64" else {}
+    if arch not in levels:
+        raise ConfigError(
+            f"arch '{arch}' is not known for device 'cpu'; expected "
+            + ", ".join(["native", *levels])
+        )
+    return DeviceTarget("cpu", (arch,), tuple(sorted(levels[arch])), library_suffix())
+
+
+def _llvm_target(device: DeviceTarget, opt_level: int) -> tvm.target.Target:
+    from tvm.target import Target, codegen
+
+    name = codegen.llvm_get_system_cpu() if device.arch == ("native",) else device.arch[0]
+    wanted = set(device.cpu_features)
+    optional = sorted((cpu.tracked_features() | set(cpu.UNUSABLE)) - wanted)
+    implied = Target({"kind": "llvm", "mcpu": name})
+    off = [feature for feature in optional if codegen.target_has_features(feature, implied)]
+    # Removals last: to switch on an extension also switches on what it builds upon.
+    attributes = [f"+{feature}" for feature in sorted(wanted)] + [f"-{feature}" for feature in off]
+    target = Target({"kind": "llvm", "mcpu": name, "mattr": attributes, "opt-level": opt_level})
+    surplus = [feature for feature in optional if codegen.target_has_features(feature, target)]
+    if surplus:
+        raise CompileError(
+            f"LLVM's processor '{name}' keeps {', '.join(surplus)} switched on, which this "
+            "machine does not have; compile with --arch x86-64-v3 or an older level"
+        )
+    return target

@@ -1,0 +1,208 @@
+from pathlib import Path
+
+import pytest
+
+from relaxlm.compiler import target as targets
+from relaxlm.compiler.target import DeviceTarget, parse_cuda_archs, resolve_device
+from relaxlm.errors import CompileError, ConfigError, UnsupportedError
+from relaxlm.runtime import cpu, cuda
+from relaxlm.runtime.cuda import Gpu
+
+
+@pytest.fixture(autouse=True)
+def linux_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets.sys, "platform", "linux")
+    monkeypatch.setattr(cuda, "gpus", lambda: ())
+
+
+def message(error: type[Exception], *arguments: str | None) -> str:
+    with pytest.raises(error) as caught:
+        resolve_device(*arguments)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_auto_is_the_cpu_without_a_gpu() -> None:
+    assert resolve_device("auto").kind == "cpu"
+
+
+def test_auto_is_cuda_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        cuda, "gpus", lambda: (Gpu("A", "sm_90"), Gpu("B", "sm_86"), Gpu("A", "sm_90"))
+    )
+    target = resolve_device("auto")
+    assert target == DeviceTarget("cuda", ("sm_86", "sm_90"), (), ".so")
+
+
+def test_devices_that_are_not() -> None:
+    assert message(ConfigError, "gpu") == "unknown device 'gpu'; the devices are auto, cpu, cuda"
+    assert message(UnsupportedError, "vulkan") == (
+        "device 'vulkan' is not supported: the released TVM has no Vulkan code generator; use cuda "
+        "on an NVIDIA GPU, or cpu"
+    )
+    assert message(UnsupportedError, "nvptx") == (
+        "device 'nvptx' is not supported: TVM's LLVM back end for it fails on float16 kernels; use "
+        "cuda, which compiles with nvcc"
+    )
+
+
+def test_cuda_needs_an_architecture_or_a_gpu() -> None:
+    assert message(ConfigError, "cuda") == (
+        "device 'cuda': no NVIDIA GPU is here to take the architecture from; name it: --arch sm_80 "
+        "(A100), --arch sm_90 (H100), or several, --arch sm_80,sm_90"
+    )
+
+
+def test_cuda_architectures_are_sorted_and_unique() -> None:
+    assert parse_cuda_archs("sm_120, sm_80,sm_90,sm_80") == ("sm_80", "sm_90", "sm_120")
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        (
+            "80",
+            "arch '80': '80' is not the name of a GPU architecture, such as sm_80; several are "
+            "separated by commas",
+        ),
+        (
+            "sm_80;sm_90",
+            "arch 'sm_80;sm_90': 'sm_80;sm_90' is not the name of a GPU architecture, such as "
+            "sm_80; several are separated by commas",
+        ),
+        (
+            "sm_90,sm_70",
+            "arch 'sm_90,sm_70': CUDA 13 does not compile for sm_70; the oldest is sm_75",
+        ),
+        (
+            "sm_91",
+            "arch 'sm_91': sm_91 is not known; CUDA 13 compiles for sm_75, sm_80, sm_86, sm_87, "
+            "sm_88, sm_89, sm_90, sm_100, sm_103, sm_110, sm_120, sm_121",
+        ),
+    ],
+)
+def test_architectures_that_are_not(arch: str, expected: str) -> None:
+    assert message(ConfigError, "cuda", arch) == expected
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "gpus", lambda: (Gpu("Tesla V100", "sm_70"),))
+    assert message(ConfigError, "cuda") == (
+        "arch 'sm_70': CUDA 13 does not compile for sm_70; the oldest is sm_75"
+    )
+
+
+def test_cuda_is_for_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets.sys, "platform", "darwin")
+    monkeypatch.setattr(targets.platform, "system", lambda: "Darwin")
+    assert message(UnsupportedError, "cuda", "sm_80") == (
+        "device 'cuda' is not supported on Darwin: libraries for CUDA are compiled on Linux; use "
+        "cpu"
+    )
+
+
+def test_cpu_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "architecture", lambda machine=None: "x86_64")
+    assert set(resolve_device("cpu", "x86-64-v4").cpu_features) - set(
+        resolve_device("cpu", "x86-64-v3").cpu_features
+    ) == {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
+    assert message(ConfigError, "cpu", "znver5") == (
+        "arch 'znver5' is not known for device 'cpu'; expected native, x86-64-v2, x86-64-v3, "
+        "x86-64-v4"
+    )
+    monkeypatch.setattr(cpu, "architecture", lambda machine=None: "aarch64")
+    assert message(ConfigError, "cpu", "x86-64-v3") == (
+        "arch 'x86-64-v3' is not known for device 'cpu'; expected native"
+    )
+
+
+def test_output_names(tmp_path: Path) -> None:
+    target = resolve_device("cpu")
+    target.check_output(tmp_path / "model.so")
+    with pytest.raises(ConfigError) as caught:
+        target.check_output(Path("model.dll"))
+    assert str(caught.value) == (
+        "output model.dll: a library for cpu on this system is a *.so file, not '.dll'"
+    )
+    suffixes = [targets.library_suffix(system) for system in ("linux", "darwin", "win32")]
+    assert suffixes == [".so", ".dylib", ".dll"]
+
+
+def test_describe() -> None:
+    target = DeviceTarget("cuda", ("sm_80", "sm_90"), (), ".so")
+    assert target.describe() == {
+        "kind": "cuda",
+        "arch": ["sm_80", "sm_90"],
+        "cpu": cpu.architecture(),
+        "cpu_features": [],
+    }
+
+
+def test_cuda_target_is_for_the_oldest_architecture() -> None:
+    target = resolve_device("cuda", "sm_90,sm_80").tvm_target()
+    assert (target.kind.name, target.arch, target.host.kind.name) == ("cuda", "sm_80", "llvm")
+
+
+needs_x86 = pytest.mark.skipif(cpu.architecture() != "x86_64", reason="about LLVM's x86 names")
+
+
+@needs_x86
+@pytest.mark.parametrize("feature", [*cpu.X86_FEATURES, *cpu.UNUSABLE])
+def test_llvm_knows_the_x86_features(feature: str) -> None:
+    from tvm.target import Target, codegen
+
+    plain = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64"}
+    assert not codegen.target_has_features(feature, Target(plain))
+    assert codegen.target_has_features(feature, Target({**plain, "mattr": [f"+{feature}"]}))
+
+
+@pytest.mark.parametrize("feature", cpu.ARM_FEATURES)
+def test_llvm_knows_the_arm_features(feature: str) -> None:
+    from tvm.target import Target, codegen
+
+    plain = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "generic"}
+    assert codegen.target_has_features(feature, Target({**plain, "mattr": [f"+{feature}"]}))
+
+
+def enabled(device: DeviceTarget) -> set[str]:
+    from tvm.target import codegen
+
+    target = device.tvm_target()
+    known = {*cpu.tracked_features(), *cpu.UNUSABLE}
+    return {feature for feature in known if codegen.target_has_features(feature, target)}
+
+
+@pytest.mark.parametrize("arch", [None, "native", *targets.CPU_LEVELS])
+def test_llvm_uses_exactly_the_listed_features(arch: str | None) -> None:
+    if arch in targets.CPU_LEVELS and cpu.architecture() != "x86_64":
+        pytest.skip("a level of x86-64")
+    device = resolve_device("cpu", arch)
+    assert enabled(device) == set(device.cpu_features)
+
+
+@needs_x86
+@pytest.mark.parametrize("name", ["diamondrapids", "znver5", "skylake-avx512", "x86-64"])
+def test_a_wrong_guess_of_the_processor_does_no_harm(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tvm.target import codegen
+
+    features = frozenset({"sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "cx16", "avx", "f16c"})
+    monkeypatch.setattr(cpu, "host_cpu_features", lambda: features)
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: name)
+    assert enabled(resolve_device("cpu")) == features
+
+
+@needs_x86
+def test_features_that_stay_on_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    # AVX2 builds on AVX: no machine has only the first, but a table with a fault could say so.
+    monkeypatch.setattr(cpu, "host_cpu_features", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(cpu, "UNUSABLE", ())
+    from tvm.target import codegen
+
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: "x86-64")
+    with pytest.raises(CompileError) as caught:
+        resolve_device("cpu").tvm_target()
+    assert str(caught.value) == (
+        "LLVM's processor 'x86-64' keeps avx, sse3, sse4.1, sse4.2, ssse3 switched on, which this "
+        "machine does not have; compile with --arch x86-64-v3 or an older level"
+    )
