@@ -1,0 +1,83 @@
+"""Every preset and every cache format computes what transformers computes with the same values.
+
+The reference is transformers in float32 on the weights that a preset keeps, dequantized by the
+NumPy reference of the scheme. So the damage of quantization is on both sides, and what is left is
+how exactly the compiled model computes.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+from relaxlm.quantization.kv_cache import KV_FORMATS, KVFormat
+from relaxlm.quantization.schemes import SCHEMES
+from tests.models import parity
+from tests.models.parity import Compiled, tiny_config
+
+# Rows of 72, 64 and 112 elements: none is a multiple of a group of 40, and of 32 only one is.
+# Same sizes, so that both use the kernels of one shape, which are parsed once.
+MODELS = {
+    "llama": tiny_config("llama", hidden_size=72),
+    # Biases, and an embedding that doubles as head.
+    "qwen2": tiny_config("qwen2", hidden_size=72, tie_word_embeddings=True),
+}
+
+
+def compiled_and_reference(raw: dict, scheme: str, overrides: str):
+    """A compiled tiny model, and transformers with the values that the scheme keeps."""
+    model = parity.reference_model(raw)
+    state = dict(model.state_dict())
+    compiled = Compiled(raw, parity.stored_parameters(raw, state, scheme), scheme, overrides)
+    model.load_state_dict(parity.dequantized_state(raw, state, scheme), strict=False)
+    return compiled, model
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_preset_computes_with_the_values_it_keeps(scheme: str, name: str) -> None:
+    compiled, model = compiled_and_reference(MODELS[name], scheme, "kv_cache_dtype=float32")
+    ids = np.random.default_rng(7).integers(0, parity.VOCAB, 37)
+    expected = parity.reference_logits(model, ids)
+    (logits,) = compiled.run([ids], [20, 1, 16])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# Largest error of a logit, as a share of the largest logit: against an exact cache, and against a
+# cache that rounds in the same way. Measured 7e-7, 4e-4, 2.4e-3, 3.3e-2 and 7e-7, 2e-5, 8e-7, 8e-4.
+# The second is not float32's everywhere because a key that differs in its last bit may round to
+# the other neighbour, which is 2**-10 (float16) or 1/8 (e4m3) away.
+CACHES = {
+    "float32": (1e-5, 1e-5),
+    "float16": (2e-3, 2e-4),
+    "bfloat16": (1e-2, 1e-3),
+    "float8_e4m3": (1e-1, 1e-2),
+}
+
+
+@pytest.mark.parametrize("format", KV_FORMATS.values(), ids=KV_FORMATS)
+def test_a_cache_format_costs_its_rounding_and_nothing_else(
+    format: KVFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, model = compiled_and_reference(
+        MODELS["llama"], "q4f16_1", f"kv_cache_dtype={format.name}"
+    )
+    ids = np.random.default_rng(8).integers(0, parity.VOCAB, 70)
+    exact = parity.reference_logits(model, ids)
+    attention = modeling_llama.eager_attention_forward
+
+    def through_the_cache(module, query, key, value, *arguments, **options):
+        kept = [
+            torch.from_numpy(format.dequantize(*format.quantize(x.numpy()))) for x in (key, value)
+        ]
+        return attention(module, query, *kept, *arguments, **options)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", through_the_cache)
+    rounded = parity.reference_logits(model, ids)
+    (logits,) = compiled.run([ids], [33, 1, 36])
+    for expected, share in zip((exact, rounded), CACHES[format.name], strict=True):
+        error = np.abs(logits - expected).max() / np.abs(expected).max()
+        assert error < share, f"{error:.1e} of the largest logit"
+    # The rounding is in effect: a library that ignored the format would fail here.
+    cost = np.abs(logits - exact).max() / np.abs(exact).max()
+    assert format.name == "float32" or cost > CACHES[format.name][0] / 20
