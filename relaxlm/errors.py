@@ -4,13 +4,13 @@
     ├── VersionError            an installed package is not the release that relaxlm was built for
     ├── ConfigError             config.json, mlc-chat-config.json, an override or an option
     │   └── UnsupportedError    well-formed, but asks for something that relaxlm does not compute
-    ├── CheckpointError         the Hugging Face folder: missing, truncated, wrong shape, not weights at all
+    ├── CheckpointError         the Hugging Face folder: missing, truncated, not weights at all
     ├── WeightsError            a converted folder (tensor-cache.json and its shards)
     ├── TokenizerError          tokenizer files
     ├── TemplateError           chat templates, and conversations that a template refuses
     ├── CompileError            compiling or linking a model library
     │   └── ToolchainError      a compiler or linker that is not there, or that refused its input
-    ├── LibraryError            a compiled library that does not fit this machine, these weights or this relaxlm
+    ├── LibraryError            a library that does not fit the machine, the weights or relaxlm
     ├── RequestError            a malformed generation request
     │   └── ContextOverflowError    more tokens than the context window or the KV cache holds
     └── VerificationError       a compiled library's results are too far from the reference

@@ -1,6 +1,7 @@
-"""What the readers of weight files share: Git LFS pointers, JSON and sizes in words."""
+"""Reading and writing files of model folders: Git LFS pointers, text, JSON; sizes in words."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,93 @@ def refuse_lfs_pointer(path: Path, error: type[RelaxLMError], what: str = "weigh
     )
 
 
-def read_json_object(path: Path, error: type[RelaxLMError], what: str) -> dict[str, Any]:
-    """The JSON object in a file; `what` says in messages what the file should be."""
-    refuse_lfs_pointer(path, error, what)
+def read_bytes(path: Path, error: type[RelaxLMError]) -> bytes:
+    """The file's content.
+
+    Raises:
+        error: the file is not there or cannot be read, or is a Git LFS pointer, which is what a
+            clone without LFS leaves in place of a large file.
+    """
     try:
-        value = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as reason:
+        refuse_lfs_pointer(path, error, path.name)
+        return path.read_bytes()
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror}") from reason
+
+
+def decode_text(content: bytes, where: str | Path, error: type[RelaxLMError]) -> str:
+    """UTF-8 text, without a byte-order mark.
+
+    Raises:
+        error: not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as reason:
         raise error(
-            f"{path}: not valid JSON ({reason}), expected {what}; download or write it again"
-        ) from None
+            f"{where}: byte {reason.start} is not UTF-8 text. Is the file complete?"
+        ) from reason
+
+
+def read_text(path: Path, error: type[RelaxLMError]) -> str:
+    """The text in a file. Raises as read_bytes and decode_text do."""
+    return decode_text(read_bytes(path, error), path, error)
+
+
+def parse_json_object(
+    content: bytes, where: str | Path, error: type[RelaxLMError]
+) -> dict[str, Any]:
+    """The JSON object in a file's content.
+
+    Raises:
+        error: not UTF-8, not JSON, or JSON that is not an object.
+    """
+    text = decode_text(content, where, error)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as reason:
+        raise error(
+            f"{where}: not valid JSON: {reason.msg} at line {reason.lineno}, column "
+            f"{reason.colno}. Is the file complete?"
+        ) from reason
+    except RecursionError as reason:
+        raise error(f"{where}: the JSON is nested too deeply to be read") from reason
     if not isinstance(value, dict):
-        raise error(f"{path}: holds a JSON {type(value).__name__}, expected {what}")
+        raise error(f"{where}: expected a JSON object, found {_kind(value)}")
     return value
+
+
+def read_json_object(path: Path, error: type[RelaxLMError]) -> dict[str, Any]:
+    """The JSON object in a file. Raises as read_bytes and parse_json_object do."""
+    return parse_json_object(read_bytes(path, error), path, error)
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    kinds: dict[type, str] = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+    }
+    return kinds[type(value)]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that `path` is at every moment either as before or complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def json_bytes(value: object, indent: int | None = 2) -> bytes:
+    """JSON as it is written into model folders: readable, UTF-8, one newline at the end."""
+    return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode("utf-8")
 
 
 def format_bytes(count: float) -> str:

@@ -1,4 +1,4 @@
-"""Real checkpoints, tokenizers and configurations that lie beside some checkouts, for tests that can use them."""
+"""Real checkpoints, tokenizers and configurations beside some checkouts, for tests to use."""
 
 import os
 from pathlib import Path

@@ -7,13 +7,13 @@ from typing import Any
 from relaxlm.compiler.closest_template import PROBES, closest_template
 from relaxlm.compiler.tokenizer_files import COPIED, collect_tokenizer_files
 from relaxlm.errors import ConfigError, UnsupportedError
+from relaxlm.files import read_json_object, write_atomically
 from relaxlm.models import load_config, raw_config
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime.chat_config import FILE_NAME, ChatConfigFile
 from relaxlm.runtime.conv_template_table import get_conv_template
 from relaxlm.runtime.conv_templates import ConvTemplate
-from relaxlm.runtime.json_files import read_json_object, write_atomically
 from relaxlm.runtime.template import ChatTemplate, load_chat_templates, select_template
 from relaxlm.runtime.tokenizer import Tokenizer
 

@@ -54,7 +54,7 @@ class CompileRequest:
                 f"{path}: no such file. Expected a folder with {CHAT_CONFIG} (made by "
                 "`relaxlm gen_config`) or config.json, or the path of one"
             )
-        content = read_json_object(path, ConfigError, "a model configuration")
+        content = read_json_object(path, ConfigError)
         chat = content if "model_config" in content else None
         recorded = content.get("quantization") if chat else None
         if quantization is None and not isinstance(recorded, str):

@@ -7,7 +7,7 @@ from typing import Any
 
 from relaxlm.compiler import byte_level_bpe, sentencepiece
 from relaxlm.errors import TokenizerError
-from relaxlm.runtime.json_files import json_bytes, parse_json_object, read_bytes, read_text
+from relaxlm.files import json_bytes, parse_json_object, read_bytes, read_text
 from relaxlm.runtime.tokenizer import load_settings
 
 # What MLC's tools copy, in their order, and the file where older folders name the special tokens.

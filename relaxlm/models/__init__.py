@@ -53,12 +53,28 @@ def raw_config(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Any], 
             raise ConfigError(
                 f"{path}: no such file, expected a model folder with config.json in it"
             )
-        raw, where = read_json_object(path, ConfigError, "a model configuration"), str(path)
+        raw, where = read_json_object(path, ConfigError), str(path)
     if "model_config" in raw:
         if not isinstance(raw["model_config"], dict):
             raise ConfigError(f"{where}: model_config is not a JSON object")
-        raw = {"model_type": raw.get("model_type"), **raw["model_config"]}
+        raw = _without_mlc_spelling({"model_type": raw.get("model_type"), **raw["model_config"]})
     return raw, where
+
+
+def _without_mlc_spelling(raw: dict[str, Any]) -> dict[str, Any]:
+    """The `model_config` of folders published for MLC and WebLLM, spelled as in config.json.
+
+    Those tools write what their model definition reads: the base of the rotary embedding under
+    its own name, and neither the activation (silu in every family here) nor the trained length.
+    """
+    if "position_embedding_base" not in raw:
+        return raw
+    raw = dict(raw)
+    raw.setdefault("rope_theta", raw.pop("position_embedding_base"))
+    raw.setdefault("hidden_act", "silu")
+    if (raw.get("context_window_size") or 0) > 0:
+        raw.setdefault("max_position_embeddings", raw["context_window_size"])
+    return raw
 
 
 def create(config: "DecoderConfig", dtype: str = "float32") -> "CausalLM":

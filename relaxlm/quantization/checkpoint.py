@@ -99,7 +99,7 @@ def _open_sharded(
     index: Path, list_tensors: _Lister
 ) -> tuple[tuple[Path, ...], dict[str, StoredTensor]]:
     what = "an index of weight files"
-    weight_map = read_json_object(index, CheckpointError, what).get("weight_map")
+    weight_map = read_json_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty, expected {what}")
     for file in weight_map.values():

@@ -84,7 +84,7 @@ def refuse_by_tensors(tensors: Mapping[str, StoredTensor]) -> None:
 def _check_config(path: Path) -> None:
     if not path.is_file():
         return
-    config = read_json_object(path, CheckpointError, "a model's configuration")
+    config = read_json_object(path, CheckpointError)
     nested = [value for value in config.values() if isinstance(value, dict)]
     for fields in (config, *nested):  # a multimodal model keeps its text model's in text_config
         for key in ("quantization_config", "compression_config", "quantization"):

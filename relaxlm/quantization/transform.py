@@ -13,6 +13,7 @@ import tvm
 from tvm import relax, te, tirx
 from tvm.ir import Expr
 from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm_ffi import structural_equal
 
 from relaxlm.models.weights import ParameterSpec
 from relaxlm.quantization.groupwise import GroupQuant
@@ -53,6 +54,9 @@ class QuantizeParameters:
         specs: the parameters of the model, for their roles and shapes.
         scheme: how each is stored.
         dtype: in which the model computes; dequantized weights have it.
+
+    Raises:
+        ValueError: a parameter is not a float parameter of the model; so it is after this pass.
     """
 
     def __init__(self, specs: list[ParameterSpec], scheme: Scheme, dtype: str) -> None:
@@ -63,8 +67,19 @@ class QuantizeParameters:
         rewriter = _Rewriter(mod, self.specs, self.scheme, self.dtype)
         for name, function in mod.functions_items():
             if isinstance(function, relax.Function):
+                self._check(name.name_hint, function)
                 rewriter.builder_.update_func(name, rewriter.rewrite(function))
         return rewriter.builder_.finalize()
+
+    def _check(self, name: str, function: relax.Function) -> None:
+        for param in function.params[int(function.attrs["num_input"]) :]:
+            spec = self.specs.get(param.name)
+            expected = spec and relax.TensorType(spec.shape, self.dtype)
+            if expected is None or not structural_equal(param.ty, expected):
+                raise ValueError(
+                    f"{name}: parameter {param.name} of type {param.ty} is not a parameter of the "
+                    f"model in {self.dtype}; has QuantizeParameters run already?"
+                )
 
 
 @mutator

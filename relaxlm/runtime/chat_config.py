@@ -14,9 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from relaxlm.errors import ConfigError
+from relaxlm.files import json_bytes, read_json_object, write_atomically
 from relaxlm.runtime.conv_template_table import get_conv_template
 from relaxlm.runtime.conv_templates import ConvTemplate
-from relaxlm.runtime.json_files import json_bytes, read_json_object, write_atomically
 from relaxlm.runtime.template import named_templates
 from relaxlm.runtime.tokenizer import Tokenizer, TokenizerInfo
 

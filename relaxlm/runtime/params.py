@@ -82,7 +82,7 @@ class WeightFolder:
         """
         self.path = Path(path)
         self._index = _find_index(self.path)
-        index = read_json_object(self._index, WeightsError, "an index of weights")
+        index = read_json_object(self._index, WeightsError)
         metadata = index.get("metadata", {})
         self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
         self.records: dict[str, TensorRecord] = {}

@@ -21,7 +21,7 @@ import jinja2.sandbox
 import jinja2.utils
 
 from relaxlm.errors import TemplateError
-from relaxlm.runtime.json_files import read_json_object, read_text
+from relaxlm.files import read_json_object, read_text
 
 # Names under which clients pass a message's chain of thought; templates read the first or the
 # second.

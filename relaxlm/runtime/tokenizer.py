@@ -15,7 +15,7 @@ import tokenizers
 from pydantic import BaseModel, ConfigDict
 
 from relaxlm.errors import TokenizerError
-from relaxlm.runtime.json_files import parse_json_object, read_bytes, read_json_object
+from relaxlm.files import parse_json_object, read_bytes, read_json_object
 from relaxlm.runtime.token_decoding import (
     DecodeRules,
     StreamDecoder,

@@ -150,7 +150,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     file.write_text("{")
     assert message(tmp_path).startswith(f"{file}: not valid JSON")
     file.write_text("[]")
-    assert message(tmp_path).startswith(f"{file}: holds a JSON list, expected a model config")
+    assert message(tmp_path) == f"{file}: expected a JSON object, found a list"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "is a Git LFS pointer" in message(tmp_path)
 
@@ -160,6 +160,15 @@ def test_mlc_chat_config_is_read_like_config_json(tmp_path: Path) -> None:
     chat = {"model_type": "qwen2", "quantization": "q4f16_1", "model_config": raw}
     (tmp_path / "mlc-chat-config.json").write_text(json.dumps(chat))
     assert models.load_config(tmp_path) == models.load_config(raw)
+
+
+def test_model_config_of_published_mlc_folders() -> None:
+    raw = tiny_config("llama")
+    published = {k: v for k, v in raw.items() if k not in ("model_type", "hidden_act")}
+    published["position_embedding_base"] = published.pop("rope_theta")
+    published["context_window_size"] = published.pop("max_position_embeddings")
+    chat = {"model_type": "llama", "model_config": published}
+    assert models.load_config(chat) == models.load_config(raw)
 
 
 def test_unknown_fields_are_listed() -> None:

@@ -204,8 +204,8 @@ def test_a_git_lfs_pointer_in_place_of_the_index_is_recognised(tmp_path: Path) -
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(LFS_POINTER)
     assert message(tmp_path) == (
-        f"{index} is a Git LFS pointer, not an index of weight files ({len(LFS_POINTER)} bytes): "
-        f"run `git lfs pull` in {tmp_path}, or download the file again"
+        f"{index} is a Git LFS pointer, not model.safetensors.index.json ({len(LFS_POINTER)} "
+        f"bytes): run `git lfs pull` in {tmp_path}, or download the file again"
     )
 
 
@@ -336,11 +336,10 @@ def test_tensors_that_the_index_does_not_name_are_listed_too(tmp_path: Path) -> 
     [
         (
             "{",
-            "not valid JSON (Expecting property name enclosed in double quotes: "
-            "line 1 column 2 (char 1)), expected an index of weight files; "
-            "download or write it again",
+            "not valid JSON: Expecting property name enclosed in double quotes at line 1, "
+            "column 2. Is the file complete?",
         ),
-        ("[1]", "holds a JSON list, expected an index of weight files"),
+        ("[1]", "expected a JSON object, found a list"),
         ("{}", "weight_map is missing or empty, expected an index of weight files"),
         (
             '{"weight_map": {"w": "../a.safetensors"}}',

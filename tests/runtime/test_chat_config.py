@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from relaxlm import files
 from relaxlm.errors import ConfigError
-from relaxlm.runtime import json_files
 from relaxlm.runtime.chat_config import LEGACY_KEYS, ChatConfigFile
 from relaxlm.runtime.conv_templates import ConvTemplate
 from relaxlm.runtime.tokenizer import Tokenizer
@@ -273,7 +273,7 @@ def test_a_failed_save_leaves_the_file_as_it_was(
     def refuse(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(json_files.os, "replace", refuse)
+    monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         ChatConfigFile.parse(CURRENT | {"temperature": 0.1}).save(tmp_path)
     assert path.read_bytes() == before

@@ -280,8 +280,8 @@ def test_an_index_that_is_not_json_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tensor-cache.json"
     path.write_text(path.read_text()[:10])
     assert message(tmp_path) == (
-        f"{path}: not valid JSON (Unterminated string starting at: line 1 column 2 (char 1)), "
-        "expected an index of weights; download or write it again"
+        f"{path}: not valid JSON: Unterminated string starting at at line 1, column 2. "
+        "Is the file complete?"
     )
 
 
@@ -303,7 +303,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, what", [("params_shard_0.bin", "weights"), ("tensor-cache.json", "an index of weights")]
+    "name, what", [("params_shard_0.bin", "weights"), ("tensor-cache.json", "tensor-cache.json")]
 )
 def test_git_lfs_pointers_are_recognised(tmp_path: Path, name: str, what: str) -> None:
     publish(tmp_path)

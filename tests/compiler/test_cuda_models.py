@@ -1,0 +1,71 @@
+"""Whole models compile ahead of time to machine code for GPUs, on a machine without one."""
+
+from pathlib import Path
+
+import pytest
+
+from relaxlm import models
+from relaxlm.compiler import cuda
+from relaxlm.compiler.build import compile_model, describe_model
+from relaxlm.compiler.options import CompileOptions
+from relaxlm.compiler.target import resolve_device
+from relaxlm.errors import LibraryError, ToolchainError
+from relaxlm.quantization.schemes import SCHEMES, get_scheme
+from relaxlm.runtime.executor import Executor
+from relaxlm.runtime.library import Library
+from tests.models.parity import tiny_config
+
+try:
+    cuda.find_nvcc()
+    NVCC = True
+except ToolchainError:
+    NVCC = False
+
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="there is no nvcc")
+RAW = tiny_config("llama", num_hidden_layers=1)
+
+
+def compile_to(path: Path, scheme_name: str, arch: str, overrides: str = "") -> None:
+    config, scheme = models.load_config(RAW), get_scheme(scheme_name)
+    options = CompileOptions.resolve(config, scheme, overrides=overrides)
+    compile_model(config, RAW, scheme, resolve_device("cuda", arch), options).save(path)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_preset_becomes_machine_code(scheme: str, tmp_path: Path) -> None:
+    library = tmp_path / "model.so"
+    compile_to(library, scheme, "sm_80")
+    images = {(image.kind, image.arch) for image in cuda.device_code(library.read_bytes())}
+    assert images == {("elf", "sm_80"), ("ptx", "sm_80")}
+
+
+@needs_nvcc
+def test_several_architectures_and_an_fp8_cache(tmp_path: Path) -> None:
+    library = tmp_path / "model.so"
+    compile_to(library, "q4f16_1", "sm_90,sm_80", "kv_cache_dtype=fp8")
+    images = {(image.kind, image.arch) for image in cuda.device_code(library.read_bytes())}
+    assert images == {("elf", "sm_80"), ("elf", "sm_90"), ("ptx", "sm_90")}
+
+
+@needs_nvcc
+def test_a_cuda_library_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    if resolve_device("auto").kind == "cuda":
+        pytest.skip("there is a GPU")
+    library = tmp_path / "model.so"
+    compile_to(library, "q0f16", "sm_80")
+    with pytest.raises(LibraryError) as error:
+        Executor.from_arrays(Library.load(library), {}, pages=4)
+    assert str(error.value) == (
+        f"{library} was compiled for cuda, and no usable NVIDIA GPU is here; compile for this "
+        "machine with `relaxlm compile FOLDER --device cpu`"
+    )
+
+
+def test_a_plan_for_cuda_needs_no_compiler() -> None:
+    config, scheme = models.load_config(RAW), get_scheme("q4bf16_1")
+    options = CompileOptions.resolve(config, scheme)
+    info = describe_model(config, RAW, scheme, resolve_device("cuda", "sm_90"), options)
+    assert info.target.kind == "cuda" and info.kv_cache.dtype == "bfloat16"
+    # Keys and values in rows, as the CUDA kernels read them.
+    assert info.kv_cache.tensors[0].shape == (2, 16, 16)
