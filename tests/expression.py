@@ -6,10 +6,10 @@ from tvm import relax
 
 
 def written_out(function: relax.Function) -> str:
-    """Bindings put into their uses: "add(matmul(x, permute_dims(w)), astype(b))".
+    """Bindings put into their uses: "add(matmul(x, permute_dims(@dequantize(q, s))), astype(b))".
 
-    A call of a kernel is written under the kernel's name, without the number that makes it unique.
-    Attributes and shapes are left out.
+    A kernel's name has an @ in front, and not the number that makes it unique. Attributes,
+    constants and shapes are left out.
     """
     bound = bindings(function)
 
@@ -24,8 +24,9 @@ def written_out(function: relax.Function) -> str:
             name, arguments = expr.op.name.rpartition(".")[2], list(expr.args)
             if name in ("call_tir", "call_tir_inplace", "call_dps_packed"):
                 callee = arguments[0]
-                name = callee.global_symbol if isinstance(callee, relax.ExternFunc) else None
-                name = name or re.sub(r"\d+$", "", callee.name_hint)
+                is_extern = isinstance(callee, relax.ExternFunc)
+                name = callee.global_symbol if is_extern else callee.name_hint
+                name = "@" + re.sub(r"\d+$", "", name)
                 arguments = list(arguments[1].fields)
             return f"{name}({', '.join(filter(None, map(text, arguments)))})"
         return ""

@@ -55,8 +55,8 @@ def test_a_parameter_becomes_what_its_scheme_stores_and_a_dequantize_where_it_is
         "concat((add(matmul(take(table.weight, ids), permute_dims(up.weight)), up.bias), "
         "matmul(take(table.weight, ids), permute_dims(table.weight))))"
     )
-    table = "dequantize(table.q_weight, table.q_scale)"
-    up = "dequantize(up.q_weight, up.q_scale)"
+    table = "@dequantize(table.q_weight, table.q_scale)"
+    up = "@dequantize(up.q_weight, up.q_scale)"
     assert written_out(quantized("q4f16_1")["forward"]) == (
         f"concat((add(matmul(take({table}, ids), permute_dims({up})), astype(up.bias)), "
         f"matmul(take({table}, ids), permute_dims({table}))))"
