@@ -65,8 +65,6 @@ class LowerPagedAttention:
                 if any(param.name == "cache" for param in function.params):
                     rewriter.builder_.update_func(name, rewriter.rewrite(function))
         mod = rewriter.builder_.finalize()
-        if "copy_pages" in [name.name_hint for name in mod.get_global_vars()]:
-            return mod  # lowered already
         return _add_copy_pages(mod, self.page_type(), self.kernels.kind)
 
     def page_type(self) -> relax.TupleType:
