@@ -40,6 +40,9 @@ from relaxlm.versions import PINNED, RELAXLM_VERSION
 
 Progress = Callable[[str, float], None]
 
+# Layers after which the buffers of a step repeat.
+PLANNED_LAYERS = 3
+
 
 @dataclass
 class CompiledModel:
@@ -115,9 +118,21 @@ def describe_model(
     device: DeviceTarget,
     options: CompileOptions,
 ) -> LibraryMetadata:
-    """What a library would say of itself, memory plan included; no code is generated."""
+    """What a library would say of itself, memory plan included; no code is generated.
+
+    Of the memory plan, only the buffers of `forward` are given. Every layer uses the same ones, so
+    a few layers are lowered to find out, whatever the model's depth.
+    """
     config = config.with_window(options.sliding_window_size, options.attention_sink_size)
-    return _lower(config, raw_config, scheme, device, options, None)[1]
+    depth = min(config.num_hidden_layers, PLANNED_LAYERS)
+    shallow = config.model_copy(
+        update={"num_hidden_layers": depth, "windows": config.windows[:depth]}
+    )
+    _, plan = _lower(shallow, raw_config, scheme, device, options, None)
+    temporary = {"forward": plan.memory.temporary["forward"]}
+    specs = models.parameter_specs(config)
+    lowering = Lowering(config, specs, scheme, options.kv_format, device.kind)
+    return _metadata(config, raw_config, scheme, device, options, lowering, temporary)
 
 
 def _lower(
