@@ -170,7 +170,7 @@ def emulated_source(code: str, functions: Any) -> str:
 def compile_cpp(text: str, library: Path) -> None:
     source = library.with_suffix(".cpp")
     source.write_text(text)
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE"]
+    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE"]
     command += ["-fno-strict-aliasing", f"-I{Path(__file__).parent}", f"-I{find_include_path()}"]
     result = subprocess.run(
         [*command, "-o", str(library), str(source)], capture_output=True, text=True, check=False

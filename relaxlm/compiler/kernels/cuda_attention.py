@@ -14,6 +14,7 @@ Plain kernels: any head size up to 256 and any group, but no tensor cores, and a
 not split over several blocks. Keys are read again for every query token of a prompt.
 """
 
+import functools
 import math
 
 from tvm import tirx
@@ -82,6 +83,8 @@ def _from_lane(value: Expr, distance: int) -> Expr:
     return T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), value, distance, LANES, LANES)
 
 
+# Parsing a kernel takes longer than all else that lowering does for a layer, and layers are alike.
+@functools.cache
 def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.PrimFunc:
     """(k, v [n, heads, dim], slots [n], *page tensors) -> page tensors, written in place.
 
@@ -167,6 +170,7 @@ def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
     return append.without_attr("global_symbol")
 
 
+@functools.cache
 def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.PrimFunc:
     """Attention of n query rows over the pages of their sequences, with an online softmax.
 

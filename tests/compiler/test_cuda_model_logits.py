@@ -1,0 +1,72 @@
+"""Whole models compiled for CUDA, run by the emulation, give the logits of transformers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+import tvm
+
+from relaxlm.compiler import build
+from relaxlm.compiler.target import resolve_device
+from relaxlm.runtime import executor
+from tests import reference
+from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler, needs_cpu_memory
+from tests.models import parity
+from tests.models.parity import Compiled, tiny_config
+
+pytestmark = [needs_compiler, needs_cpu_memory]
+RAW = tiny_config("llama")
+IDS = np.random.default_rng(5).integers(0, parity.VOCAB, 20)
+
+
+@pytest.fixture
+def cuda_models(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """A context in which `Compiled` compiles for CUDA, and its kernels run on the CPU."""
+
+    def compile_model(*arguments, **options):
+        built = build.compile_model(*arguments, **options)
+        built.executable = built.executable.mod  # runs as it is, and cannot be exported
+        return built
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with monkeypatch.context() as patch, CudaEmulation("random"):
+            patch.setattr(parity, "compile_model", compile_model)
+            patch.setattr(parity, "resolve_device", lambda _: resolve_device("cuda", "sm_80"))
+            patch.setattr(build, "cuda_compilation", lambda *_: nullcontext())
+            patch.setattr(executor, "_device", lambda library: tvm.cuda(0))
+            yield
+
+    return context
+
+
+@pytest.mark.parametrize(("scheme", "tolerance"), [("q0f32", 2e-6), ("q4f16_1", 4e-3)])
+def test_logits_match_transformers_and_pages_are_copied(
+    cuda_models: Callable, scheme: str, tolerance: float
+) -> None:
+    model = parity.reference_model(RAW)
+    state = dict(model.state_dict())
+    params = parity.stored_parameters(RAW, state, scheme)
+    with cuda_models():
+        compiled = Compiled(RAW, params, scheme)
+        (logits,) = compiled.run([IDS], [17, 1, 2])
+        compiled.executor.copy_pages(np.array([0, 1], "int32"), np.array([40, 63], "int32"))
+        for tensor in compiled.executor._kv:
+            pages = tensor.numpy()
+            assert pages[0].any()
+            np.testing.assert_array_equal(pages[[40, 63]], pages[[0, 1]])
+    if scheme != "q0f32":
+        model.load_state_dict(parity.dequantized_state(RAW, state, scheme))
+    error = reference.relative_error(logits, parity.reference_logits(model, IDS))
+    assert error < tolerance
+
+
+def test_fp8_cache_matches_the_cpu(cuda_models: Callable) -> None:
+    params = parity.stored_parameters(RAW, dict(parity.reference_model(RAW).state_dict()), "q0f32")
+    with cuda_models():
+        compiled = Compiled(RAW, params, "q0f32", "kv_cache_dtype=fp8")
+        results = compiled.run([IDS, IDS[:9]], [6, 1, 13])
+    expected = Compiled(RAW, params, "q0f32", "kv_cache_dtype=fp8").run([IDS, IDS[:9]], [6, 1, 13])
+    for ours, theirs in zip(results, expected, strict=True):
+        assert reference.relative_error(ours, theirs) < 1e-5
