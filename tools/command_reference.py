@@ -9,6 +9,7 @@ from one release of typer to the next.
 
 import enum
 import inspect
+import re
 import sys
 import types
 import typing
@@ -65,7 +66,8 @@ def is_repeated(annotation: Any) -> bool:
 
 
 def one_line(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|")
+    """Help text in a cell of a Markdown table."""
+    return re.sub(r"([|*<\\])", r"\\\1", " ".join((text or "").split()))
 
 
 def spellings(name: str, annotation: Any, info: Any) -> str:

@@ -22,7 +22,10 @@ from typer.core import TyperGroup
 from relaxlm.errors import RelaxLMError
 
 # In the order of `relaxlm --help`; relaxlm/cli/NAME.py has the function NAME.
-COMMANDS = ("doctor",)
+COMMANDS = (
+    *("convert_weight", "gen_config", "compile"),
+    *("build", "estimate", "demo", "doctor"),
+)
 
 FAILED = 1
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
@@ -41,7 +44,8 @@ class _LazyCommands(MutableMapping[str, Any]):
         if name not in self._made:
             function = getattr(import_module(f"relaxlm.cli.{name}"), name)
             single = typer.Typer(add_completion=False, rich_markup_mode=None)
-            single.command(name)(function)
+            first_line = (function.__doc__ or "").strip().split("\n")[0]
+            single.command(name, short_help=first_line)(function)  # short_help is never cut off
             self._made[name] = typer.main.get_command(single)
         return self._made[name]
 
