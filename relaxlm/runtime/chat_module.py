@@ -11,21 +11,22 @@ message are never forgotten. With a sliding-window library nothing has to be for
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from relaxlm.errors import ConfigError, ContextOverflowError, RequestError
+from relaxlm.errors import ConfigError, ContextOverflowError, RequestError, TemplateError
 from relaxlm.files import format_bytes
-from relaxlm.runtime.chat_config import ChatConfigFile, explained
+from relaxlm.runtime.chat_config import ChatConfigFile
+from relaxlm.runtime.chat_settings import ChatConfig
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generation import GenerationConfig
 from relaxlm.runtime.generator import Generator, Reply, Timings
-from relaxlm.runtime.library import Library
+from relaxlm.runtime.library import Library, check_fits_model, check_settings
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.prompt import Message, PromptBuilder
@@ -33,61 +34,13 @@ from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
 from relaxlm.runtime.streaming import StreamCallback
 from relaxlm.runtime.tokenizer import Tokenizer
 
+__all__ = ["ChatConfig", "ChatModule"]
+
 # The most replies to one prompt: each takes two more pages of the KV cache.
 MAX_REPLIES = 16
 
-
-class ChatConfig(BaseModel):
-    """Settings that replace those of the model's mlc-chat-config.json. Sizes are in tokens.
-
-    Compile-time settings (`prefill_chunk_size` and those after it) take effect when the library is
-    compiled on first use; with a given library they must be what it was compiled for.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    max_gen_len: int | None = None
-    conv_template: str | None = None
-    context_overflow: Literal["drop_oldest_turns", "error"] = "drop_oldest_turns"
-    context_window_size: int | None = Field(default=None, gt=0)
-    prefill_chunk_size: int | None = Field(default=None, gt=0)
-    sliding_window_size: int | None = Field(default=None, gt=0)
-    attention_sink_size: int | None = Field(default=None, ge=0)
-    kv_cache_dtype: str | None = None
-
-    def overrides(self) -> str:
-        """The compile-time settings, spelled as for `relaxlm compile --overrides`."""
-        names = (
-            "context_window_size",
-            "prefill_chunk_size",
-            "sliding_window_size",
-            "attention_sink_size",
-            "kv_cache_dtype",
-        )
-        given = {name: getattr(self, name) for name in names}
-        return ";".join(f"{name}={value}" for name, value in given.items() if value is not None)
-
-    def sampling(self) -> dict[str, Any]:
-        """The defaults of GenerationConfig that are set here."""
-        names = (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "max_gen_len",
-        )
-        given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value is not None}
+# Tokens; more than any conversation with a sliding window will have.
+_ENDLESS = 2**31 - 1
 
 
 @dataclass
@@ -103,6 +56,7 @@ class ChatModule:
 
     Attributes:
         messages: the conversation so far, as dictionaries with "role" and "content".
+        forgotten_messages: how many of them the last prompt left out, the context being full.
         replies: the replies of the last generation, with tokens and log probabilities.
         timings: of the last generation.
     """
@@ -114,6 +68,7 @@ class ChatModule:
         chat_config: ChatConfig | Mapping[str, Any] | None = None,
         model_lib: str | Path | None = None,
         model_lib_path: str | Path | None = None,
+        progress: Callable[[str, float], None] = lambda stage, share: None,
     ) -> None:
         """Load a model.
 
@@ -123,20 +78,24 @@ class ChatModule:
             chat_config: replaces settings of the folder.
             model_lib: the compiled library; compiled now and cached if None. `model_lib_path` is
                 another name for it.
+            progress: called with a stage's name and the share of the work done before it, if the
+                library is compiled now.
 
         Raises:
             RelaxLMError: a folder, library or setting that is wrong; says what to do.
         """
         started = time.perf_counter()
         self.folder = Path(model)
-        self.chat_config = _checked_config(chat_config)
+        self.chat_config = ChatConfig.of(chat_config)
         self.config = ChatConfigFile.load(self.folder)
         if self.chat_config.conv_template is not None:
             self.config = _with_template(self.config, self.chat_config.conv_template)
         self.tokenizer = Tokenizer.load(self.folder)
         self.prompts = PromptBuilder(self.config, self.tokenizer, str(self.folder))
         weights = WeightFolder(self.folder)
-        self.library = self._library(model_lib or model_lib_path, device)
+        # A template of plain text lets the reply go on where the prompt ends, with its space.
+        self._continues_text = _continues_text(self.prompts)
+        self.library = self._library(_either(model_lib, model_lib_path), device, progress)
         limits = self.library.metadata.limits
         self._window = limits.sliding_window_size
         self.context_window_size = limits.context_window_size
@@ -144,7 +103,7 @@ class ChatModule:
             self.context_window_size = wanted
         page_size = self.library.metadata.kv_cache.page_size
         pages = pages_per_sequence(
-            self.context_window_size,
+            _ENDLESS if self._window else self.context_window_size,
             limits.prefill_chunk_size,
             page_size,
             self._window,
@@ -190,17 +149,19 @@ class ChatModule:
             RequestError, TemplateError: a malformed request, or a conversation that the model's
                 template refuses. The conversation is as it was before.
         """
-        settings = self._settings(generation_config)
-        if progress_callback is not None and settings.n > 1:
-            raise RequestError(
-                f"n = {settings.n} replies cannot be streamed to one progress_callback: ask for "
-                "n = 1, or leave the callback out"
-            )
         try:
+            settings = self.settings(generation_config)
+            if progress_callback is not None and settings.n > 1:
+                raise RequestError(
+                    f"n = {settings.n} replies cannot be streamed to one progress_callback: ask "
+                    "for n = 1, or leave the callback out"
+                )
             result = self._generate(prompt, settings, progress_callback, stateless)
         except BaseException as error:
             if progress_callback is not None:
-                progress_callback.on_end(error)
+                # It may be the callback that failed, and may fail again: `error` says more.
+                with suppress(Exception):
+                    progress_callback.on_end(error)
             raise
         if progress_callback is not None:
             progress_callback.on_end()
@@ -238,17 +199,27 @@ class ChatModule:
         )
 
     def benchmark_generate(self, prompt: str, generate_length: int) -> str:
-        """Generate exactly `generate_length` tokens, whatever they are; the conversation stays.
+        """Generate exactly `generate_length` tokens, end or not, apart from the conversation.
+
+        Nothing is reused from the KV cache: the whole prompt is computed.
 
         Returns:
             The text; `stats` has the speeds.
+
+        Raises:
+            ContextOverflowError: prompt and reply do not fit into the context window.
         """
-        settings = GenerationConfig(
-            max_tokens=generate_length, ignore_eos=True, temperature=0.0, stop=[]
-        )
+        settings = GenerationConfig(max_tokens=generate_length, ignore_eos=True, temperature=0.0)
         ids = self.prompts.encode_text(prompt)
-        # Stop strings of the model's template don't count either.
-        return self._run(ids, settings, (), None).text
+        self._check_fits(len(ids))
+        room = self._room(len(ids), 1)
+        if generate_length > room:
+            raise ContextOverflowError(
+                f"a prompt of {len(ids)} tokens and {generate_length} more do not fit into the "
+                f"context window of {self.context_window_size}: ask for at most {room}"
+            )
+        self._drop_cache()
+        return self._run(ids, settings, None, continuing=True).text
 
     def embed_text(self, text: str) -> np.ndarray:
         """The vectors that the first layer reads for a text: [tokens, hidden] float32."""
@@ -267,24 +238,21 @@ class ChatModule:
         callback: StreamCallback | None,
         stateless: bool,
     ) -> str | list[str]:
+        if not isinstance(prompt, Sequence):
+            raise RequestError(
+                f"the prompt is a {type(prompt).__name__}, expected a text or a list of messages"
+            )
         if isinstance(prompt, str):
             history = [] if stateless else self.messages
             messages: list[Message] = [*history, {"role": "user", "content": prompt}]
         else:
             messages = list(prompt)
-        if self.prompts.source == "none":
-            if len(messages) != 1:
-                raise RequestError(
-                    f"{self.folder} has no chat template, so a conversation cannot be continued: "
-                    "give one prompt, or set --conv-template in gen_config"
-                )
-            ids = self.prompts.encode_text(str(messages[0]["content"]))
-            self._check_fits(len(ids))
-        else:
-            messages, ids = self._fit(messages, settings)
-        first = self._run(ids, settings, self.prompts.stop_strings, callback)
-        if not stateless and self.prompts.source != "none":
-            self.messages = [*messages, {"role": "assistant", "content": first.text}]
+        kept, ids = self._fit(messages, settings)
+        first = self._run(ids, settings, callback, self._continues_text)
+        self.forgotten_messages = len(messages) - len(kept)
+        answered = first.text or first.finish_reason != "cancelled"
+        if answered and not stateless and self.prompts.source != "none":
+            self.messages = [*kept, {"role": "assistant", "content": first.text}]
         texts = [reply.text for reply in self.replies]
         return texts if settings.n > 1 else texts[0]
 
@@ -292,29 +260,31 @@ class ChatModule:
         self,
         ids: list[int],
         settings: GenerationConfig,
-        stop_strings: Sequence[str],
         callback: StreamCallback | None,
+        continuing: bool,
     ) -> Reply:
         """Generate from token ids, reusing what the cache holds of them."""
         if not ids:
             raise RequestError("the prompt has no tokens, expected at least one")
+        self._check_fits(len(ids))
         cached = self._reusable(ids)
-        room = self._room(len(ids), settings.n)
         try:
             self.replies, self.timings = self.generator.generate(
                 cached.seq,
                 ids,
                 settings,
                 self.prompts.stop_token_ids,
-                stop_strings,
-                room,
-                (lambda reply, text: callback.on_token(text)) if callback else lambda *_: None,
+                self.prompts.stop_strings,
+                self._room(len(ids), settings.n),
+                continuing,
+                *_reporting(callback),
             )
         except BaseException:
             self._drop_cache()  # it holds an unknown part of the prompt and the reply
             raise
         first = self.replies[0]
-        self._cached = _Cached(cached.seq, [*ids, *first.tokens[:-1]])
+        held = self.sequences.length(cached.seq)
+        self._cached = _Cached(cached.seq, [*ids, *first.tokens][:held])
         return first
 
     def _reusable(self, ids: list[int]) -> _Cached:
@@ -343,20 +313,27 @@ class ChatModule:
         self, messages: list[Message], settings: GenerationConfig
     ) -> tuple[list[Message], list[int]]:
         """Forget the oldest turns until prompt and reply fit; see the module's docstring."""
-        self.forgotten_messages = 0
-        ids = self.prompts.encode(messages)
-        if self._window:
-            return messages, ids
+        ids = self._encode(messages)
         window = self.context_window_size
         reserve = min(settings.max_tokens or window // 4, window // 4)
-        while len(ids) + reserve > window:
+        drops = not self._window and self.chat_config.context_overflow == "drop_oldest_turns"
+        while drops and len(ids) + reserve > window:
             shorter = _without_oldest_turn(messages)
-            if shorter is None or self.chat_config.context_overflow == "error":
+            if shorter is None:
                 break
-            self.forgotten_messages += len(messages) - len(shorter)
-            messages, ids = shorter, self.prompts.encode(shorter)
-        self._check_fits(len(ids))
+            messages, ids = shorter, self._encode(shorter)
         return messages, ids
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        if self.prompts.source != "none":
+            return self.prompts.encode(messages)
+        if len(messages) == 1 and isinstance(messages[0], Mapping):
+            if isinstance(content := messages[0].get("content"), str):
+                return self.prompts.encode_text(content)
+        raise RequestError(
+            f"{self.folder} has no chat template, so it takes one text at a time and no "
+            "conversation; `relaxlm gen_config --conv-template NAME` sets a template"
+        )
 
     def _check_fits(self, tokens: int) -> None:
         if not self._window and tokens >= self.context_window_size:
@@ -369,10 +346,17 @@ class ChatModule:
     def _room(self, prompt: int, n: int) -> int:
         """The most tokens that each of n replies may have."""
         if self._window:
-            return 2**31 - 1
+            return _ENDLESS
         return max(1, (self.context_window_size - prompt) // n)
 
-    def _settings(self, given: GenerationConfig | Mapping[str, Any] | None) -> GenerationConfig:
+    def settings(
+        self, given: GenerationConfig | Mapping[str, Any] | None = None
+    ) -> GenerationConfig:
+        """A generation's settings: those given, then those of `chat_config` and of the folder.
+
+        Raises:
+            RequestError: an unknown option, a value that is not possible, or too many replies.
+        """
         if given is None:
             given = GenerationConfig()
         elif not isinstance(given, GenerationConfig):
@@ -395,45 +379,48 @@ class ChatModule:
             )
         return settings
 
-    def _library(self, path: str | Path | None, device: str) -> Library:
+    def _library(
+        self, path: str | Path | None, device: str, progress: Callable[[str, float], None]
+    ) -> Library:
         if path is None:
             from relaxlm.runtime.jit import library_for
 
-            return library_for(self.folder, device, self.chat_config.overrides())
+            return library_for(self.folder, device, self.chat_config.overrides(), progress)
         library = Library.load(path)
-        info = library.metadata
-        if device not in ("auto", info.target.kind):
-            raise ConfigError(f"device {device!r}, but {path} was compiled for {info.target.kind}")
-        if info.quantization != self.config.quantization:
-            raise ConfigError(
-                f"{path} was compiled for {info.quantization}, the weights in {self.folder} are "
-                f"{self.config.quantization}; compile for this folder"
-            )
-        self._check_limits(library)
+        kind = library.metadata.target.kind
+        if device not in ("auto", kind):
+            raise ConfigError(f"device {device!r}, but {path} was compiled for {kind}")
+        check_fits_model(library, self.folder, self.config)
+        check_settings(library, self.chat_config.compiled())
         return library
 
-    def _check_limits(self, library: Library) -> None:
-        limits = {
-            **library.metadata.limits.model_dump(),
-            "kv_cache_dtype": library.metadata.kv_cache.dtype,
-        }
-        for name, compiled in limits.items():
-            wanted = getattr(self.chat_config, name, None)
-            smaller = name == "context_window_size" and wanted is not None and wanted <= compiled
-            if wanted not in (None, compiled) and not smaller:
-                raise ConfigError(
-                    f"chat_config: {name} = {wanted!r}, but {library.path} was compiled for "
-                    f"{compiled!r}; compile again with --overrides, or leave it out"
-                )
+
+def _either(model_lib: str | Path | None, model_lib_path: str | Path | None) -> str | Path | None:
+    if model_lib and model_lib_path and Path(model_lib) != Path(model_lib_path):
+        raise ConfigError(
+            f"model_lib = {str(model_lib)!r} and model_lib_path = {str(model_lib_path)!r} are two "
+            "names of one argument: give one of them"
+        )
+    return model_lib or model_lib_path
 
 
-def _checked_config(given: ChatConfig | Mapping[str, Any] | None) -> ChatConfig:
-    if isinstance(given, ChatConfig):
-        return given
+def _reporting(
+    callback: StreamCallback | None,
+) -> tuple[Callable[[Reply, str], None], Callable[[], bool]]:
+    """What tells a callback of text, and what asks it whether it has had enough."""
+    if callback is None:
+        return lambda reply, text: None, lambda: False
+    return lambda reply, text: callback.on_token(text), lambda: callback.cancelled
+
+
+def _continues_text(prompts: PromptBuilder) -> bool:
+    """Whether a prompt ends with the user's own text, as that of a base model does."""
+    if prompts.source == "none":
+        return True
     try:
-        return ChatConfig.model_validate(given or {})
-    except ValidationError as error:
-        raise ConfigError(f"chat_config: {explained(error)}") from None
+        return prompts.text([{"role": "user", "content": "Once"}]).endswith("Once")
+    except TemplateError:
+        return False
 
 
 def _with_template(config: ChatConfigFile, name: str) -> ChatConfigFile:

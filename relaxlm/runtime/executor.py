@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from relaxlm.errors import ContextOverflowError, LibraryError, RequestError
-from relaxlm.runtime.library import Library
+from relaxlm.errors import ContextOverflowError, RequestError
+from relaxlm.runtime.library import Library, needs_gpu
 from relaxlm.runtime.params import WeightFolder, to_tvm
 from relaxlm.runtime.sequence_table import BatchTables
 from relaxlm.runtime.threads import set_default_threads
@@ -105,6 +105,9 @@ class Executor:
             ContextOverflowError: more tokens, sequences or rows than the library was compiled for.
         """
         self._check(input_ids, len(tables.kv_lengths), len(logit_positions))
+        # Kernels read where they are told to.
+        assert len(input_ids) == tables.row_offsets[-1] == len(tables.slots)
+        assert 0 <= logit_positions.min() and logit_positions.max() < len(input_ids)
         arrays = (input_ids, *tables, logit_positions)
         logits = self._forward(*(self._tensor(array) for array in arrays), self._kv, self._params)
         return logits.numpy()
@@ -199,8 +202,5 @@ def _device(library: Library) -> Any:
     from relaxlm.runtime import cuda
 
     if not cuda.load_runtime() or not tvm.cuda(0).exist:
-        raise LibraryError(
-            f"{library.path} was compiled for cuda, and no usable NVIDIA GPU is here; compile for "
-            "this machine with `relaxlm compile FOLDER --device cpu`"
-        )
+        raise needs_gpu(library.path)
     return tvm.cuda(0)

@@ -13,9 +13,9 @@ from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.sampling import Sampled, sample
 from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.stop import StopStrings
-from relaxlm.runtime.tokenizer import Tokenizer
+from relaxlm.runtime.tokenizer import StreamDecoder, Tokenizer
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass
@@ -36,11 +36,12 @@ class Reply:
     Attributes:
         text: what has been passed on so far; never half a character, never part of a stop string.
         tokens: all tokens chosen, the one that ended the reply included.
-        finish_reason: "stop" for an end token or a stop string, "length" for a limit.
+        finish_reason: "stop" for an end token or a stop string, "length" for a limit, "cancelled"
+            if the caller had enough.
     """
 
     state: SamplingState
-    decoder: object
+    decoder: StreamDecoder
     stops: StopStrings
     end_tokens: frozenset[int]
     max_tokens: int
@@ -55,46 +56,67 @@ class Reply:
         if self.state.config.logprobs:
             self.logprobs.append(sampled)
         if sampled.token in self.end_tokens:
-            return self._finish("stop")
-        text, stopped = self.stops.push(self.decoder.push([sampled.token]))  # type: ignore[attr-defined]
+            return self._end(self.decoder.finish(), "stop")
+        text = self._pass_on(self.decoder.push([sampled.token]))
+        if self.finish_reason is None and len(self.tokens) >= self.max_tokens:
+            text += self._end("", "length")
+        return text
+
+    def cancel(self) -> str:
+        """End the reply here; returns the text that was held back."""
+        return self._end("", "cancelled")
+
+    def _pass_on(self, text: str) -> str:
+        text, stopped = self.stops.push(text)
         self.text += text
         if stopped:
             self.finish_reason = "stop"
-        elif len(self.tokens) >= self.max_tokens:
-            return text + self._finish("length")
         return text
 
-    def _finish(self, reason: FinishReason) -> str:
-        text, stopped = self.stops.push(self.decoder.finish())  # type: ignore[attr-defined]
-        text += "" if stopped else self.stops.flush()
-        self.text += text
-        self.finish_reason = "stop" if stopped else reason
+    def _end(self, rest: str, reason: FinishReason) -> str:
+        """End with the last text. A character whose bytes a limit has cut apart is left out."""
+        text = self._pass_on(rest)
+        if self.finish_reason is None:
+            held = self.stops.flush()
+            self.text += held
+            self.finish_reason = reason
+            text += held
         return text
 
 
 class Generator:
-    """Generates from prompts whose beginning may already be cached.
-
-    Owns the executor's sequences; `pool` and tables are checked by the caller's tests.
-    """
+    """Generates from prompts whose beginning may already be cached."""
 
     def __init__(self, executor: Executor, sequences: PagedSequences, tokenizer: Tokenizer) -> None:
         self.executor, self.sequences, self.tokenizer = executor, sequences, tokenizer
 
-    def prefill(self, seq: int, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens to a sequence in chunks; returns the last one's logits, [1, vocab].
+    def prefill(
+        self,
+        seq: int,
+        ids: Sequence[int],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> np.ndarray | None:
+        """Append tokens, at least one, to a sequence in chunks.
+
+        Args:
+            cancelled: asked before each chunk.
+
+        Returns:
+            The last token's logits, [1, vocab] float32; None if cancelled before.
 
         Raises:
             ContextOverflowError: no room for them; what was there before is kept.
         """
+        assert len(ids), "nothing to prefill"
         chunk = self.executor.limits.prefill_chunk_size
         before = self.sequences.length(seq)
-        logits = np.empty((0, 0), np.float32)
         try:
             for start in range(0, len(ids), chunk):
+                if cancelled():
+                    return None
                 piece = np.asarray(ids[start : start + chunk], np.int32)
                 last = np.array([len(piece) - 1], np.int32)
-                logits = self._step([(seq, len(piece))], piece, last)
+                logits = self.step([(seq, len(piece))], piece, last)
         except ContextOverflowError:
             if self.sequences.can_truncate(seq, before):
                 self.sequences.truncate(seq, before)
@@ -109,54 +131,83 @@ class Generator:
         end_tokens: frozenset[int],
         stop_strings: Sequence[str],
         room: int,
+        continuing: bool = False,
         on_text: Callable[[Reply, str], None] = lambda reply, text: None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> tuple[list[Reply], Timings]:
         """Continue a sequence with what `prompt` has beyond it, then with `config.n` replies.
 
         Args:
             seq: holds the first tokens of `prompt` (any number short of all).
+            end_tokens, stop_strings: end a reply unless `config.ignore_eos`; the config's own
+                always do.
             room: the most tokens each reply may have.
+            continuing: the replies go on with the prompt's own text, and may begin with a space.
             on_text: called after every token with the text that became final, possibly "".
+            cancelled: asked before every step; if so, the replies end as they are.
 
         Returns:
             The replies in order and the timings. Afterwards `seq` holds the prompt and, for the
-            first reply, all of its tokens but the last.
+            first reply, all of its tokens but the last; less if cancelled before the first token.
+
+        Raises:
+            RequestError: a token id outside the vocabulary.
         """
+        replies = [
+            self._reply(config, prompt, choice, end_tokens, stop_strings, room, continuing)
+            for choice in range(config.n)
+        ]
         held = self.sequences.length(seq)
         timings = Timings(len(prompt), held)
         start = time.perf_counter()
-        logits = self.prefill(seq, prompt[held:])
+        logits = self.prefill(seq, prompt[held:], cancelled)
         timings.prefill_seconds = time.perf_counter() - start
+        if logits is None:
+            for reply in replies:
+                reply.cancel()
+            return replies, timings
 
         start = time.perf_counter()
-        replies = [
-            self._reply(config, prompt, choice, end_tokens, stop_strings, room)
-            for choice in range(config.n)
-        ]
         forks: list[int] = []
         try:
-            forks = [self.sequences.fork(seq) for _ in replies[1:]]
+            for _ in replies[1:]:
+                forks.append(self.sequences.fork(seq))
             running = list(zip([seq, *forks], replies, strict=True))
             logits = np.repeat(logits, len(replies), axis=0)
-            while running:
+            while True:
                 chosen = sample(logits, [reply.state for _, reply in running])
+                timings.decode_tokens += len(running)
                 for (_, reply), sampled in zip(running, chosen, strict=True):
                     on_text(reply, reply.push(sampled))
-                timings.decode_tokens += len(running)
                 running = [(seq, reply) for seq, reply in running if reply.finish_reason is None]
-                if running:
-                    logits = self._step(
-                        [(seq, 1) for seq, _ in running],
-                        np.array([reply.tokens[-1] for _, reply in running], np.int32),
-                        np.arange(len(running), dtype=np.int32),
-                    )
+                if not running:
+                    break
+                if cancelled():
+                    for _, reply in running:
+                        on_text(reply, reply.cancel())
+                    break
+                logits = self.step(
+                    [(seq, 1) for seq, _ in running],
+                    np.array([reply.tokens[-1] for _, reply in running], np.int32),
+                    np.arange(len(running), dtype=np.int32),
+                )
         finally:
             for fork in forks:
                 self.sequences.free(fork)
         timings.decode_seconds = time.perf_counter() - start
         return replies, timings
 
-    def _step(self, steps: list[tuple[int, int]], ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def step(self, steps: list[tuple[int, int]], ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Append tokens to sequences and run them through the model.
+
+        Args:
+            steps: sequence and number of new tokens, for each sequence.
+            ids: [n] int32, the new tokens of all sequences.
+            rows: [m] int32, places in `ids` whose logits are wanted.
+
+        Returns:
+            [m, vocab] float32.
+        """
         tables = self.sequences.batch(steps)
         self.executor.copy_pages(*self.sequences.take_copies())
         return self.executor.forward(tables, ids, rows)
@@ -169,13 +220,15 @@ class Generator:
         end_tokens: frozenset[int],
         stop_strings: Sequence[str],
         room: int,
+        continuing: bool,
     ) -> Reply:
-        ends = frozenset() if config.ignore_eos else end_tokens
+        if config.ignore_eos:
+            end_tokens, stop_strings = frozenset(), ()
         return Reply(
             SamplingState(config, prompt, self.active_vocab, choice),
-            self.tokenizer.stream(),
+            self.tokenizer.stream(continuing=continuing),
             StopStrings((*stop_strings, *config.stop)),
-            ends | frozenset(config.stop_token_ids),
+            end_tokens | frozenset(config.stop_token_ids),
             min(config.max_tokens or room, room),
         )
 

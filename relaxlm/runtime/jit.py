@@ -9,9 +9,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import relaxlm
+from relaxlm.errors import CompileError, LibraryError
 from relaxlm.runtime.library import Library
 from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
 
@@ -32,6 +35,8 @@ def library_for(
 ) -> Library:
     """The library for a converted model folder, compiled now or earlier.
 
+    One that does not load, such as a damaged file, is compiled again.
+
     Args:
         folder: with mlc-chat-config.json.
         device: as for `relaxlm compile --device`.
@@ -41,15 +46,33 @@ def library_for(
 
     Raises:
         RelaxLMError: as `compile_model` and `Library.load` raise.
+        CompileError: nothing can be written to the cache's folder.
     """
     check_versions()
     from relaxlm.compiler.request import CompileRequest
 
     request = CompileRequest.read(folder, device=device, overrides=overrides)
-    path = cache_folder() / "libraries" / f"{_digest(request.identity())}{request.device.suffix}"
-    if not path.is_file():
-        request.compile(progress=progress).save(path)
+    libraries = cache_folder() / "libraries"
+    path = libraries / f"{_digest(request.identity())}{request.device.suffix}"
+    if path.is_file():
+        with suppress(LibraryError):
+            return Library.load(path)
+    _check_writable(libraries)
+    request.compile(progress=progress).save(path)
     return Library.load(path)
+
+
+def _check_writable(folder: Path) -> None:
+    """Before the long work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CompileError(
+            f"{folder}: the compiled library cannot be kept there ({error.strerror}); set "
+            "RELAXLM_CACHE to a folder that can be written, or name a library with --model-lib"
+        ) from None
 
 
 def _digest(identity: dict) -> str:

@@ -1,18 +1,37 @@
-"""Load a compiled library, and refuse one that does not fit this machine, TVM or relaxlm."""
+"""Load a compiled library, and refuse one that does not fit this machine, TVM, relaxlm or model."""
 
 import json
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from relaxlm.errors import LibraryError
+from relaxlm.errors import ConfigError, LibraryError
+from relaxlm.files import refuse_lfs_pointer
 from relaxlm.runtime import cpu
+from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.metadata import CONTRACT, LibraryMetadata
 from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
 
 # First bytes of what a shared library can be: ELF, Mach-O (64 bit, universal), Windows.
 _MAGIC = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"MZ")
+
+# Keys of config.json that change what a model computes and not the shapes of its weights.
+_NOT_IN_SHAPES = (
+    "head_dim",
+    "hidden_act",
+    "layer_types",
+    "max_window_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+)
 
 
 class Library:
@@ -38,22 +57,24 @@ class Library:
         path = Path(path)
         _check_file(path)
         import tvm
-        from tvm.runtime import load_module
         from tvm.runtime.vm import VirtualMachine
 
+        module = _load_module(path)
         try:
-            module = load_module(str(path))
             # The VM's byte code returns the text; no machine code of the model runs for it.
             text = str(VirtualMachine(module, tvm.cpu())["_metadata"]())
         except Exception as error:
-            reason = str(error).strip().splitlines()
-            raise LibraryError(
-                f"{path} is a shared library, but not one that relaxlm compiled: "
-                f"{reason[-1] if reason else type(error).__name__}"
-            ) from None
+            raise _not_ours(path, error) from None
         metadata = _read_metadata(text, path)
         check_runs_here(metadata, path)
         return Library(module, metadata, path)
+
+
+def needs_gpu(path: Path) -> LibraryError:
+    return LibraryError(
+        f"{path} was compiled for cuda, and no usable NVIDIA GPU is here; compile for this machine "
+        "with `relaxlm compile FOLDER --device cpu`"
+    )
 
 
 def check_runs_here(metadata: LibraryMetadata, path: Path | str) -> None:
@@ -82,17 +103,101 @@ def check_runs_here(metadata: LibraryMetadata, path: Path | str) -> None:
         )
 
 
+def check_fits_model(library: Library, folder: Path, config: ChatConfigFile) -> None:
+    """Compare what a library was compiled for with a folder. Its weights are compared on loading.
+
+    Raises:
+        LibraryError: another model type, preset, or value of the architecture.
+    """
+    info = library.metadata
+    pairs: dict[str, tuple[Any, Any]] = {
+        "model_type": (info.model_type, config.model_type),
+        "quantization": (info.quantization, config.quantization),
+    }
+    compiled, ours = info.model_config_json, config.architecture
+    for name in _NOT_IN_SHAPES:
+        if name in compiled and name in ours:
+            pairs[name] = (compiled[name], ours[name])
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            raise LibraryError(
+                f"{library.path} was compiled for {name} = {found!r}, but {folder} has "
+                f"{expected!r}; compile for this folder: relaxlm compile {folder} -o LIB"
+            )
+
+
+def check_settings(library: Library, settings: Mapping[str, int | str]) -> None:
+    """Compare settings that are fixed at compile time; a smaller context is possible.
+
+    Raises:
+        ConfigError: the library was compiled with another value.
+    """
+    cache = library.metadata.kv_cache
+    compiled = {**library.metadata.limits.model_dump(), "kv_cache_dtype": cache.dtype}
+    for name, wanted in settings.items():
+        found = compiled[name]
+        if wanted == found or (name == "context_window_size" and wanted < found):
+            continue
+        raise ConfigError(
+            f"chat_config: {name} = {wanted!r}, but {library.path} was compiled with {found!r}; "
+            f'compile it again with --overrides "{name}={wanted}", or leave the setting out'
+        )
+
+
+def _load_module(path: Path) -> Any:
+    from tvm.runtime import load_module
+
+    try:
+        return load_module(str(path))
+    except Exception as error:
+        # What TVM calls the loader of GPU code, which is there when CUDA's runtime is.
+        if "load_from_bytes.cuda" not in str(error):
+            raise _not_ours(path, error) from None
+    from relaxlm.runtime import cuda
+
+    if not cuda.load_runtime():
+        raise needs_gpu(path)
+    return load_module(str(path))
+
+
+def _not_ours(path: Path, error: Exception) -> LibraryError:
+    reason = str(error).strip().splitlines()
+    return LibraryError(
+        f"{path} is a shared library, but not one that relaxlm compiled: "
+        f"{reason[-1] if reason else type(error).__name__}"
+    )
+
+
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise LibraryError(
             f"{path}: no such library; make it with `relaxlm compile FOLDER -o {path}`"
         )
+    refuse_lfs_pointer(path, LibraryError, "a library")
     with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise LibraryError(f"{path} is a Git LFS pointer, not a library: run `git lfs pull`")
+        start = file.read(4096)
     if not start.startswith(_MAGIC):
         raise LibraryError(f"{path} is not a shared library (its first bytes are {start[:4]!r})")
+    size, expected = path.stat().st_size, _elf_size(start)
+    if size < expected:
+        raise LibraryError(
+            f"{path} is truncated: {size} bytes, expected {expected}; copy or compile it again"
+        )
+
+
+def _elf_size(start: bytes) -> int:
+    """Bytes that an ELF file has at least, by its header; 0 for other kinds of files.
+
+    The loader maps a file that is too short, and ends in a bus error where it reads the rest.
+    Linkers write the table of sections last. Source: System V ABI, "ELF header".
+    """
+    if not start.startswith(b"\x7fELF\x02\x01"):  # 64 bit, little-endian
+        return 0
+    if len(start) < 64:
+        return 64
+    (section_table,) = struct.unpack_from("<Q", start, 40)
+    entry_size, entries = struct.unpack_from("<HH", start, 58)
+    return section_table + entry_size * entries
 
 
 def _read_metadata(text: str, path: Path) -> LibraryMetadata:

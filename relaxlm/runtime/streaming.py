@@ -12,8 +12,12 @@ from relaxlm.errors import RequestError
 class StreamCallback(ABC):
     """Gets the text of a reply piece by piece.
 
-    `callback_interval` is how many tokens are gathered before `text` is called.
+    Attributes:
+        callback_interval: how many tokens are gathered before `text` is called.
+        cancelled: whether `cancel` has been called during this generation.
     """
+
+    cancelled = False
 
     def __init__(self, callback_interval: int = 1) -> None:
         if callback_interval < 1:
@@ -22,6 +26,14 @@ class StreamCallback(ABC):
             )
         self.callback_interval = callback_interval
         self._gathered, self._tokens = "", 0
+
+    def cancel(self) -> None:
+        """End the reply after the current step, from any thread; what it has so far is the reply.
+
+        The conversation goes on with that. If there is no text yet, it is as if the prompt had not
+        been asked.
+        """
+        self.cancelled = True
 
     def on_token(self, text: str) -> None:
         """Called after every token with the text that became final."""
@@ -32,14 +44,16 @@ class StreamCallback(ABC):
 
     def on_end(self, error: BaseException | None = None) -> None:
         """Called once, after the last token or when generation failed."""
-        self._pass_on()
-        self._tokens = 0
-        self.ended(error)
+        self._tokens, self.cancelled = 0, False
+        try:
+            self._pass_on()
+        finally:
+            self.ended(error)
 
     def _pass_on(self) -> None:
-        if self._gathered:
-            self.text(self._gathered)
-            self._gathered = ""
+        gathered, self._gathered = self._gathered, ""
+        if gathered:
+            self.text(gathered)
 
     @abstractmethod
     def text(self, delta: str) -> None:
@@ -56,12 +70,16 @@ class StreamToStdout(StreamCallback):
     def __init__(self, callback_interval: int = 2, stream: TextIO | None = None) -> None:
         super().__init__(callback_interval)
         self._stream = stream
+        self._started = False
 
     def text(self, delta: str) -> None:
+        self._started = True
         print(delta, end="", flush=True, file=self._stream or sys.stdout)
 
     def ended(self, error: BaseException | None) -> None:
-        print(file=self._stream or sys.stdout, flush=True)
+        if self._started or error is None:
+            print(file=self._stream or sys.stdout, flush=True)
+        self._started = False
 
 
 class StreamIterator(StreamCallback):
@@ -72,7 +90,7 @@ class StreamIterator(StreamCallback):
         for delta in stream:
             ...
 
-    An error of the generation is raised to whoever iterates.
+    An error of the generation is raised to whoever iterates. Each iteration is over one reply.
     """
 
     def __init__(self, callback_interval: int = 2) -> None:

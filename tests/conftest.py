@@ -1,0 +1,28 @@
+"""Fixtures for all tests. What is compiled is compiled once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.tiny_model import TinyModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tests and the processes they start: two threads at most, and an empty cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TVM_NUM_THREADS", "2")
+        patch.setenv("RELAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A tiny random llama, converted and compiled."""
+    from tests.tiny_model import TinyModel
+
+    return TinyModel.make(tmp_path_factory.mktemp("tiny"))
