@@ -24,10 +24,14 @@ def compile_progress(what: str) -> Iterator[Callable[[str, float], None]]:
         yield lambda stage, share: bar.update(task, completed=share, description=f"{what}: {stage}")
 
 
-def memory_lines(info: LibraryMetadata) -> list[str]:
-    """Parameters, KV cache and temporary buffers, one line each and their sum."""
+def memory_lines(info: LibraryMetadata, context: int | None = None) -> list[str]:
+    """Parameters, KV cache and temporary buffers, one line each and their sum.
+
+    Args:
+        context: tokens, where less than the library's context is used.
+    """
     limits, cache = info.limits, info.kv_cache
-    tokens = limits.sliding_window_size or limits.context_window_size
+    tokens = limits.sliding_window_size or context or limits.context_window_size
     kv_cache = tokens * cache.bytes_per_token
     temporary = info.memory.temporary["forward"]
     total = info.memory.params + kv_cache + temporary
