@@ -1,4 +1,9 @@
-"""The header of a safetensors file: 8 bytes of length, a JSON object, then the tensors' bytes."""
+"""The header of a safetensors file: 8 bytes of length, a JSON object, then the tensors' bytes.
+
+Read here and not by the safetensors package, because conversion takes rows of a tensor at a time
+(that package maps whole files, which count as memory once read), needs bfloat16 in NumPy, and says
+of a truncated file how many bytes are missing. Tests compare the two.
+"""
 
 import json
 import math
