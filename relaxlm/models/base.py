@@ -6,7 +6,7 @@ operator that `compiler/passes/lower_paged_attention.py` turns into kernels for 
 one cache format.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op, spec
 
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import rotate, take_rows
+from relaxlm.models.layers import Block, Decoder, rotate, take_rows
 from relaxlm.models.weights import ParameterSpec, Role, Source
 
 PAGED_ATTENTION = "relaxlm.paged_attention"
@@ -98,9 +98,10 @@ def _cos_sin(positions: Tensor, inverse_frequencies: np.ndarray) -> tuple[Tensor
 
 
 class CausalLM(nn.Module):
-    """A decoder with its entry points. Subclasses set `model` and, where not tied, `lm_head`.
+    """A decoder with its entry points. Subclasses make the blocks.
 
-    `model` has `embed_tokens`, `layers` (each called as `layer(x, step, index)`) and `norm`.
+    Args:
+        blocks: one per layer, each called as `block(x, step, index)`.
     """
 
     # Parameter name parts that hold several checkpoint tensors, concatenated along the output axis.
@@ -108,7 +109,13 @@ class CausalLM(nn.Module):
     # Patterns of checkpoint tensors that no parameter needs.
     ignored: ClassVar[tuple[str, ...]] = ("*.rotary_emb.inv_freq",)
 
-    config: DecoderConfig
+    def __init__(self, config: DecoderConfig, blocks: Sequence[Block]) -> None:
+        self.config = config
+        self.model = Decoder(config, blocks)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(
+                config.hidden_size, config.vocab_size, bias=False, out_dtype="float32"
+            )
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, cache: CacheHandle, logit_positions: Tensor

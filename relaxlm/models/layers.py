@@ -1,5 +1,6 @@
 """Modules that two or more architectures share unchanged."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from tvm import te, tirx
@@ -58,9 +59,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The parameters under `model.`: embedding, blocks and final norm. `CausalLM` runs them."""
 
-    def __init__(self, config: DecoderConfig, blocks: list[Block]) -> None:
+    def __init__(self, config: DecoderConfig, blocks: Sequence[Block]) -> None:
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(list(blocks))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 

@@ -8,7 +8,7 @@ from tvm.relax.frontend.nn import Tensor
 
 from relaxlm.models.base import CausalLM, Step
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import Block, Decoder, GatedMLP, merge_heads, split_heads
+from relaxlm.models.layers import Block, GatedMLP, merge_heads, split_heads
 
 
 class Config(DecoderConfig):
@@ -49,15 +49,8 @@ class Model(CausalLM):
     }
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.model = Decoder(
+        layers = range(config.num_hidden_layers)
+        super().__init__(
             config,
-            [
-                Block(config, Attention(config), GatedMLP(config, config.mlp_bias))
-                for _ in range(config.num_hidden_layers)
-            ],
+            [Block(config, Attention(config), GatedMLP(config, config.mlp_bias)) for _ in layers],
         )
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(
-                config.hidden_size, config.vocab_size, bias=False, out_dtype="float32"
-            )

@@ -7,7 +7,7 @@ from tvm.relax.frontend.nn import Tensor
 
 from relaxlm.models import qwen2
 from relaxlm.models.base import CausalLM, Step
-from relaxlm.models.layers import Block, Decoder, GatedMLP, RMSNorm, merge_heads, split_heads
+from relaxlm.models.layers import Block, GatedMLP, RMSNorm, merge_heads, split_heads
 
 
 class Config(qwen2.Config):
@@ -40,15 +40,7 @@ class Model(CausalLM):
     fused: ClassVar[dict[str, tuple[str, ...]]] = qwen2.Model.fused
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.model = Decoder(
-            config,
-            [
-                Block(config, Attention(config), GatedMLP(config))
-                for _ in range(config.num_hidden_layers)
-            ],
+        layers = range(config.num_hidden_layers)
+        super().__init__(
+            config, [Block(config, Attention(config), GatedMLP(config)) for _ in layers]
         )
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(
-                config.hidden_size, config.vocab_size, bias=False, out_dtype="float32"
-            )
