@@ -7,15 +7,20 @@ import tvm
 
 from relaxlm.compiler.kernels import cpu_attention
 from relaxlm.compiler.kernels.attention import AttentionShape
+from relaxlm.compiler.kernels.cpu_float8 import decode_e4m3, encode_e4m3
+from relaxlm.compiler.target import resolve_device
 from relaxlm.quantization.kv_cache import KV_FORMATS, KVFormat
 from tests import reference
 
 NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def build(function: tvm.tirx.PrimFunc):
+PORTABLE = tvm.target.Target({"kind": "llvm"})
+
+
+def build(function: tvm.tirx.PrimFunc, target: tvm.target.Target = PORTABLE):
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-    return tvm.compile(module, target=tvm.target.Target({"kind": "llvm"}))["kernel"]
+    return tvm.compile(module, target=target)["kernel"]
 
 
 class PagedBatch:
@@ -51,7 +56,12 @@ class PagedBatch:
             *self.tensors,
         )
 
-    def attend(self, dropped_pages: int = 0, dtype: str = "float32") -> np.ndarray:
+    def attend(
+        self,
+        dropped_pages: int = 0,
+        dtype: str = "float32",
+        target: tvm.target.Target = PORTABLE,
+    ) -> np.ndarray:
         """Run the kernel, leaving `dropped_pages` between sinks and window out of every table."""
         page = self.shape.page_size
         sink_pages = -(-self.shape.sinks // page)
@@ -63,7 +73,9 @@ class PagedBatch:
         lengths = [len(k) - dropped_pages * page for k in self.k]
         q = np.concatenate(self.q).astype(dtype)
         out = tvm.runtime.tensor(np.full(q.shape, 7, dtype))
-        build(cpu_attention.attend_kernel(self.shape, self.format, dtype))(
+        with target:
+            kernel = cpu_attention.attend_kernel(self.shape, self.format, dtype)
+        build(kernel, target)(
             *(
                 tvm.runtime.tensor(array)
                 for array in (
@@ -109,6 +121,43 @@ def test_head_sizes(head_dim: int) -> None:
     np.testing.assert_allclose(batch.attend(), batch.expected(), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["portable", "native"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "format"),
+    [
+        ((14, 2), 64, "float16"),
+        ((15, 3), 20, "float32"),
+        ((17, 1), 80, "bfloat16"),  # more heads than fit into registers at once
+        ((4, 4), 128, "float8_e4m3"),
+    ],
+    ids=str,
+)
+def test_decodes_and_prompts_in_one_step(
+    heads: tuple[int, int], head_dim: int, format: str, native: bool
+) -> None:
+    target = resolve_device("cpu").tvm_target() if native else PORTABLE
+    shape = AttentionShape(*heads, head_dim, window=0, sinks=0, scale=head_dim**-0.5)
+    # Contexts of one part and of many; prompts around a whole number of blocks, and in the middle.
+    lengths, new = [1, 300, 131, 97, 255, 900, 2], [1, 1, 13, 97, 1, 1, 2]
+    batch = PagedBatch(shape, KV_FORMATS[format], lengths, new)
+    np.testing.assert_allclose(batch.attend(target=target), batch.expected(), rtol=3e-5, atol=3e-6)
+
+
+def test_a_lone_first_token_sees_itself() -> None:
+    shape = AttentionShape(6, 2, 16, window=0, sinks=0, scale=0.3)
+    batch = PagedBatch(shape, KV_FORMATS["float32"], lengths=[1], new=[1])
+    np.testing.assert_allclose(
+        batch.attend()[0], np.repeat(batch.v[0][0], 3, axis=0), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_a_window_shorter_than_the_parts_of_a_long_context() -> None:
+    # Some parts, and rounds of prompts, have no visible token at all.
+    shape = AttentionShape(4, 2, 16, window=100, sinks=20, scale=0.25)
+    batch = PagedBatch(shape, KV_FORMATS["float32"], lengths=[1200, 700], new=[1, 33])
+    np.testing.assert_allclose(batch.attend(), batch.expected(), rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize(("window", "sinks"), [(5, 0), (16, 0), (40, 0), (20, 4), (33, 20)])
 def test_sliding_window_with_sinks(window: int, sinks: int) -> None:
     shape = AttentionShape(4, 2, 16, window, sinks, scale=0.25)
@@ -140,13 +189,13 @@ def test_all_e4m3_codes_decode_and_encode() -> None:
         build(te.create_prim_func([x, y]))(tvm.runtime.tensor(array), out)
         return out.numpy()
 
-    decoded = run(lambda c: cpu_attention.decode_e4m3(c, 1), codes, "float32")
+    decoded = run(lambda c: decode_e4m3(c, 1), codes, "float32")
     np.testing.assert_array_equal(decoded, values)
-    np.testing.assert_array_equal(run(cpu_attention.encode_e4m3, values, "uint8"), codes)
+    np.testing.assert_array_equal(run(encode_e4m3, values, "uint8"), codes)
     # Between the codes: as ml_dtypes rounds, ties to even included.
     ordered = np.unique(values)
     between = np.concatenate(
         [(ordered[1:] + ordered[:-1]) / 2, np.random.default_rng(0).uniform(-448, 448, 50 * n)]
     ).astype("float32")
     rounded = between.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-    np.testing.assert_array_equal(run(cpu_attention.encode_e4m3, between, "uint8"), rounded)
+    np.testing.assert_array_equal(run(encode_e4m3, between, "uint8"), rounded)
