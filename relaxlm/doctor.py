@@ -28,7 +28,7 @@ from relaxlm.versions import (
     version_problems,
 )
 
-LIBRARIES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "pydantic", "typer")
+LIBRARIES = ("jinja2", "ml_dtypes", "numpy", "pydantic", "rich", "tokenizers", "typer")
 OPTIONAL_LIBRARIES = {"torch": "test", "transformers": "test"}  # and the extra that installs it
 
 SELF_TEST = [sys.executable, "-m", "relaxlm.compiler.self_test"]

@@ -77,6 +77,13 @@ def test_json_has_the_same_findings():
     }
 
 
+def test_the_libraries_are_those_of_the_package_metadata():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    required = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    names = re.findall(r'^    "([A-Za-z0-9_-]+)', required, re.MULTILINE)
+    assert [*versions.PINNED, *doctor.LIBRARIES] == names
+
+
 def test_the_self_test_can_be_left_out(monkeypatch):
     monkeypatch.setattr(doctor, "run_self_test", lambda: pytest.fail("it ran"))
     assert "self-test" not in findings("--no-self-test")
