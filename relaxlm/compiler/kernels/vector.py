@@ -5,12 +5,37 @@ split by LLVM. Repeated expressions are built by functions instead of named valu
 inside a parallel loop becomes a heap allocation per iteration in this TVM.
 """
 
+from dataclasses import dataclass
+
 import tvm
 from tvm import s_tir, tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
 LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class VectorUnit:
+    """What decides the tiles of a kernel: float32 lanes of a vector register, and registers."""
+
+    lanes: int
+    registers: int
+
+
+def vector_unit(target: tvm.target.Target | None) -> VectorUnit:
+    """The widest vectors that code for a CPU target may use; without one, those of any CPU."""
+    if target is None:
+        return VectorUnit(4, 16)
+    if "aarch64" in str(target.attrs.get("mtriple", "")) or _has(target, "neon"):
+        return VectorUnit(4, 32)
+    if _has(target, "avx512f"):
+        return VectorUnit(16, 32)
+    return VectorUnit(8 if _has(target, "avx") else 4, 16)
+
+
+def _has(target: tvm.target.Target, feature: str) -> bool:
+    return bool(tvm.target.codegen.target_has_features(feature, target))
 
 
 def splat(value: Expr | float, lanes: int) -> Expr:
@@ -33,6 +58,27 @@ def multiply_add(a: Expr, b: Expr, c: Expr) -> Expr:
     """a * b + c, fused where the CPU can (llvm.fma would be a library call where it can't)."""
     return T.call_llvm_pure_intrin(
         T.llvm_lookup_intrinsic_id("llvm.fmuladd"), a, b, c, dtype=str(a.ty.dtype)
+    )
+
+
+def spread(values: Expr, count: int, times: int) -> Expr:
+    """Each of `count` lanes `times` times: (a, b) -> (a, a, b, b)."""
+    lanes = [tirx.const(i // times, "int32") for i in range(count * times)]
+    # TVM wants as many input lanes as output lanes; LLVM sees that all come from the first vector.
+    return tirx.Shuffle([values] * times, lanes) if times > 1 else values
+
+
+def prefetch(address: Expr) -> Expr:
+    """Fetch a cache line into every level; an address beyond the tensor does no harm."""
+    return T.evaluate(
+        T.call_llvm_intrin(
+            T.llvm_lookup_intrinsic_id("llvm.prefetch"),
+            address,
+            T.int32(0),
+            T.int32(3),
+            T.int32(1),
+            dtype="void",
+        )
     )
 
 

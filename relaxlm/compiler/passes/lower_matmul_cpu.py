@@ -3,7 +3,8 @@
     w = dequantize(q, s); y = matmul(x, permute_dims(w))   ->   y = call_tir(matmul, (x, q, s))
 
 The same for weights that are only cast, or stored as they are used. Without it a step writes every
-weight out as float32 first, and multiplies with one thread. Runs before LegalizeOps.
+weight out as float32 first, and multiplies with one thread. Runs before LegalizeOps, with the
+target in scope, whose vectors decide the kernels' tiles.
 """
 
 import tvm
@@ -11,6 +12,7 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from relaxlm.compiler.kernels.cpu_matmul import matmul_kernel
+from relaxlm.compiler.kernels.vector import vector_unit
 from relaxlm.compiler.passes.weights import stored_weight
 
 
@@ -29,6 +31,8 @@ class _Rewriter(PyExprMutator):
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
         self.mod = mod
+        target = tvm.target.Target.current(allow_none=True)
+        self.unit = vector_unit(target)
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -52,6 +56,6 @@ class _Rewriter(PyExprMutator):
         if weight is None or len(weight.shape) != 2:
             return call
         dtype = str(weight.stored[-1].ty.dtype)
-        kernel = matmul_kernel(weight.shape, weight.quant, dtype, str(call.ty.dtype))
+        kernel = matmul_kernel(weight.shape, weight.quant, dtype, str(call.ty.dtype), self.unit)
         function = self.builder_.add_func(kernel, "matmul")
         return relax.call_tir(function, [x, *weight.stored], call.ty)

@@ -1,0 +1,138 @@
+"""x @ W.T for a few rows of x: as fast as W can be read from memory.
+
+Lanes run along a row of W as it is stored: a vector of 4-bit words holds every eighth weight in its
+lowest codes, the next ones in the codes above, and so on; x is brought into that order once. A step
+of the inner loop takes one vector of words from each row of a block, and fetches memory ahead in
+the order of addresses, so that the rows of a block are one stream to the memory, not several.
+"""
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from relaxlm.compiler.kernels.stored import StoredMatrix
+from relaxlm.compiler.kernels.vector import (
+    VectorUnit,
+    multiply_add,
+    prefetch,
+    reduce_sum,
+    splat,
+    spread,
+    to_float32,
+    vector,
+)
+
+LINE = 64
+# How far ahead of the arithmetic memory is fetched, in bytes.
+AHEAD = 4096
+# Rows of W that share what is read of x, where there is more than one row of x.
+BLOCK = 2
+
+
+def vector_words(matrix: StoredMatrix, unit: VectorUnit) -> int:
+    """Words of a row that one vector holds."""
+    return next(width for width in (16, 8, 4, 2, 1) if width <= min(matrix.words, unit.lanes))
+
+
+def gemv(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit, rows: int):
+    """A macro (m, x [m, k], words, scales, out [m, n]) for 1 <= m <= `rows`.
+
+    `words` and `scales` are views with one dimension; `scales` is not read if there are none. The
+    kernel needs `import_reduce_sum` for `vector_words` lanes.
+    """
+    n, k, per_word, quant = matrix.n, matrix.k, matrix.per_word, matrix.quant
+    width = vector_words(matrix, unit)
+    steps = -(-matrix.words // width)
+    block = min(n, 1 if rows == 1 else BLOCK)
+    group = matrix.group_words
+    line = LINE // matrix.word_bytes
+
+    def start(step):
+        # The last vector ends with the row; it may overlap the one before.
+        return T.min(step * width, matrix.words - width) if matrix.words % width else step * width
+
+    def weight_row(task, r):
+        return T.min(task * block, n - block) + r
+
+    def place(row, step, i):
+        return ((row * steps + step) * per_word + i) * width
+
+    def element(x, m, row, step, i, lane) -> Expr:
+        """The element of x that meets code i in a lane, or 0 where that weight counts elsewhere."""
+        at = (start(step) + lane) * per_word + i
+        counts = T.And(start(step) + lane >= step * width, at < k)
+        return T.if_then_else(counts, x[T.min(row, m - 1), T.min(at, k - 1)], T.float32(0))
+
+    def lanes(buffer, at) -> Expr:
+        return buffer.vload([at], vector("float32", width))
+
+    def scale(scales, task, r, step) -> Expr:
+        at = weight_row(task, r) * matrix.groups + start(step) // group
+        if width <= group:
+            return splat(T.cast(scales[at], "float32"), width)
+        count = width // group
+        values = to_float32(scales.vload([at], vector(matrix.dtype, count)), count)
+        return spread(values, count, group)
+
+    def code(words, task, r, step, i) -> Expr:
+        at = weight_row(task, r) * matrix.words + start(step)
+        return matrix.codes(words.vload([at], vector(matrix.word_dtype, width)), i, width)
+
+    def ahead(task, step, i):
+        return (task * steps + step) * block * width + AHEAD // matrix.word_bytes + i * line
+
+    def put(buffer, at, value) -> None:
+        T.buffer_store(buffer, value, [T.ramp(at, 1, width)])
+
+    def reorder(m, x, ordered) -> None:
+        with T.serial(rows) as row, T.serial(steps) as step, T.serial(width) as lane:
+            for i in range(per_word):
+                value = element(x, m, row, step, i, lane) * matrix.unshift(i)
+                T.buffer_store(ordered, value, [place(row, step, i) + lane])
+
+    def add_row(words, scales, ordered, task, step, r, sums, factor, part) -> None:
+        """One row of x: scale the sums of a step. More: scale the weights, which they share."""
+        if quant is not None:
+            put(factor, 0, scale(scales, task, r, step))
+        if rows == 1 and quant is not None:
+            product = code(words, task, r, step, 0) * lanes(ordered, place(0, step, 0))
+            for i in range(1, per_word):
+                other = lanes(ordered, place(0, step, i))
+                product = multiply_add(code(words, task, r, step, i), other, product)
+            put(sums, 0, multiply_add(product, lanes(factor, 0), lanes(sums, 0)))
+            return
+        for i in range(per_word):
+            weight = code(words, task, r, step, i)
+            put(part, 0, weight if quant is None else weight * lanes(factor, 0))
+            for row in range(rows):
+                other = lanes(ordered, place(row, step, i))
+                total = multiply_add(lanes(part, 0), other, lanes(sums, row * width))
+                put(sums, row * width, total)
+
+    def store(m, task, r, sums, out) -> None:
+        for row in range(rows):
+            total = T.cast(reduce_sum(lanes(sums, row * width), width), out_dtype)
+            T.buffer_store(out, total, [T.min(row, m - 1), weight_row(task, r)])
+
+    @T.macro
+    def run(m, x, words, scales, out):
+        ordered = T.decl_buffer((rows * steps * per_word * width,), "float32", scope="global")
+        reorder(m, x, ordered)
+        for task in T.parallel((n + block - 1) // block):
+            sums = T.decl_buffer((rows * width,), "float32", scope="global")
+            more = T.decl_buffer((rows * width,), "float32", scope="global")
+            factor = T.decl_buffer((width,), "float32", scope="global")
+            part = T.decl_buffer((width,), "float32", scope="global")
+            for i in T.unroll(rows):
+                sums[T.ramp(i * width, 1, width)] = splat(0.0, width)
+                more[T.ramp(i * width, 1, width)] = splat(0.0, width)
+            for step in T.serial(steps):
+                for i in T.unroll((block * width + line - 1) // line):
+                    prefetch(T.address_of(words[ahead(task, step, i)]))
+                add_row(words, scales, ordered, task, step, 0, sums, factor, part)
+                if block > 1:
+                    add_row(words, scales, ordered, task, step, 1, more, factor, part)
+            store(m, task, 0, sums, out)
+            if block > 1:
+                store(m, task, 1, more, out)
+
+    return run
