@@ -1,0 +1,60 @@
+"""The compiled side: a library with weights, run over texts as the runtime runs it."""
+
+import numpy as np
+
+from relaxlm.runtime.executor import Executor
+from relaxlm.runtime.library import Library
+from relaxlm.runtime.page_pool import PagePool
+from relaxlm.runtime.params import WeightFolder
+from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
+
+# The last tokens of a text go through one by one, as when text is generated.
+DECODED = 8
+
+
+class CompiledModel:
+    """A library, ready to run texts of up to `max_tokens` tokens."""
+
+    def __init__(self, library: Library, weights: WeightFolder, max_tokens: int) -> None:
+        limits, page_size = library.metadata.limits, library.metadata.kv_cache.page_size
+        window, sinks = limits.sliding_window_size, limits.attention_sink_size
+        self.limits = limits
+        pages = pages_per_sequence(max_tokens, limits.prefill_chunk_size, page_size, window, sinks)
+        self._executor = Executor(library, weights, pages)
+        self._sequences = PagedSequences(PagePool(pages), page_size, window, sinks)
+
+    def run(self, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """One text through the paged cache: its logits once, its residual stream once.
+
+        Logits come from steps with as many tokens as rows of logits are allowed, and at the end
+        one token each.
+
+        Returns:
+            logits: [n, vocab] float32.
+            states: [n, hidden] float32 before the first layer and after each.
+        """
+        n, tokens = len(ids), np.asarray(ids, np.int32)
+        chunk = self.limits.max_batch_size
+        first = max(0, n - DECODED)
+        steps = [min(chunk, first - start) for start in range(0, first, chunk)]
+        steps += [1] * (n - first)
+        logits = self._in_steps(tokens, steps, self._logits)
+        chunk = self.limits.prefill_chunk_size
+        steps = [min(chunk, n - start) for start in range(0, n, chunk)]
+        parts = self._in_steps(tokens, steps, self._executor.hidden_states)
+        return np.concatenate(logits), [np.concatenate(layer) for layer in zip(*parts, strict=True)]
+
+    def _logits(self, tables, ids: np.ndarray) -> np.ndarray:
+        return self._executor.forward(tables, ids, np.arange(len(ids), dtype=np.int32))
+
+    def _in_steps(self, tokens: np.ndarray, steps: list[int], function) -> list:
+        seq, done, results = self._sequences.add(), 0, []
+        try:
+            for count in steps:
+                tables = self._sequences.batch([(seq, count)])
+                self._executor.copy_pages(*self._sequences.take_copies())
+                results.append(function(tables, tokens[done : done + count]))
+                done += count
+        finally:
+            self._sequences.free(seq)
+        return results
