@@ -19,7 +19,9 @@ from relaxlm.errors import (
     WeightsError,
 )
 from relaxlm.runtime.generation import SamplingState
+from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sampling import sample
+from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.streaming import StreamCallback
 from tests.numpy_llama import llama_logits
 from tests.tiny_model import CONFIG, TOKENS, TinyModel, compile_library, convert, write_checkpoint
@@ -179,6 +181,20 @@ def test_as_many_replies_as_possible_fit_into_a_full_context(chat):
     chat.sequences.check()
 
 
+def test_there_are_pages_for_as_many_replies_as_possible_to_any_prompt(chat):
+    for prompt in range(1, 256):
+        for n in (1, 2, 3, 6, 11, chat.max_replies):
+            sequences = PagedSequences(PagePool(chat.executor.pages), 16)
+            seqs = [sequences.add()]
+            sequences.append(seqs[0], prompt)
+            seqs += [sequences.fork(seqs[0]) for _ in range(n - 1)]
+            # The last token of a reply is not run. Steps of 1 take the same pages as one step.
+            for steps in (1, (256 - prompt) // n - 2):
+                if steps > 0:
+                    sequences.batch([(seq, steps) for seq in seqs])
+                    sequences.take_copies()
+
+
 def test_a_seed_makes_a_reply_reproducible(chat):
     one, two, other = (
         chat.generate("hello", {"seed": seed, "max_tokens": 20}, stateless=True)
@@ -323,6 +339,19 @@ def test_an_error_in_a_callback_is_raised_and_the_module_goes_on(chat, load, dig
     assert free_pages(chat) == chat.sequences.pool.total
     expected = load().generate([*before, say("user", "and?")], digits)
     assert chat.generate("and?", digits) == expected
+
+
+def test_the_first_error_is_raised_when_a_callback_fails_twice(chat):
+    class Broken(Recorder):
+        def ended(self, error: BaseException | None) -> None:
+            raise OSError("ended")
+
+    def fail(text: str) -> None:
+        raise ZeroDivisionError("text")
+
+    with pytest.raises(ZeroDivisionError, match="text"):
+        chat.generate("hello", GREEDY, Broken(fail))
+    assert free_pages(chat) == chat.sequences.pool.total
 
 
 # The context window
