@@ -141,7 +141,13 @@ def _load(
 
     limits = parse_overrides(overrides)
     config = ChatConfig(**limits, conv_template=conv_template)
-    with compile_progress(f"load {folder.name}") as progress:
+    with compile_progress(f"load {folder.name}") as bar:
+
+        def progress(stage: str, share: float) -> None:
+            if share == 0:
+                typer.echo("compiling the library; it is kept for the next time", err=True)
+            bar(stage, share)
+
         module = ChatModule(folder, device, config, model_lib, progress=progress)
     info = module.library.metadata
     typer.echo(

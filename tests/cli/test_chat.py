@@ -173,6 +173,15 @@ def test_overrides_make_the_context_smaller(chat):
     assert tokens and int(tokens[1]) >= 64
 
 
+def test_the_library_is_compiled_when_none_is_named_and_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("RELAXLM_CACHE", str(tmp_path))
+    command = ["chat", str(tiny.folder), "--device", "cpu", "--prompt", "hello", *GREEDY_OPTIONS]
+    first, second = (CliRunner().invoke(program.app, command) for _ in range(2))
+    message = "compiling the library; it is kept for the next time\n"
+    assert first.stderr.startswith(message) and message not in second.stderr
+    assert first.stdout == second.stdout != ""
+
+
 # Many prompts
 
 
