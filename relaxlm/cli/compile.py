@@ -40,7 +40,12 @@ def compile(
         ),
     ] = None,
     opt: Annotated[
-        str, typer.Option("--opt", help="LLVM's optimisation level: O0, O1, O2 or O3 (CPU code).")
+        str,
+        typer.Option(
+            "--opt",
+            help="CPU code: LLVM's optimisation level, O0 to O3, and act_quant=1 to round "
+            'activations to int8 in matmuls (faster, not exact): "O2;act_quant=1".',
+        ),
     ] = "O2",
     debug_dump: Annotated[
         Path | None,

@@ -16,7 +16,7 @@ from relaxlm import models
 from relaxlm.compiler.cuda import check_device_code, cuda_compilation
 from relaxlm.compiler.kernels.attention import PAGE_SIZE
 from relaxlm.compiler.link import export_library
-from relaxlm.compiler.options import CompileOptions
+from relaxlm.compiler.options import CompileOptions, check_act_quant
 from relaxlm.compiler.pipeline import (
     Lowering,
     compute_dtype,
@@ -144,9 +144,11 @@ def _lower(
     debug_dump: Path | None,
 ) -> tuple[tvm.IRModule, LibraryMetadata]:
     """Run every pass; the module is ready for code generation but for `_metadata`."""
+    check_act_quant(options, scheme, device)
     model = models.create(config, compute_dtype(device.kind, scheme))
     module, _ = model.export_tvm(spec=model.export_spec())
-    lowering = Lowering(config, model.parameter_specs(), scheme, options.kv_format, device.kind)
+    specs = model.parameter_specs()
+    lowering = Lowering(config, specs, scheme, options.kv_format, device.kind, options.act_quant)
     bounds = _bounds(options)
     instruments = []
     if debug_dump is not None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from relaxlm.compiler.target import DeviceTarget
 from relaxlm.errors import ConfigError
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.kv_cache import KVFormat, get_kv_format
@@ -16,14 +17,17 @@ DEFAULT_PREFILL_CHUNK = 2048
 DEFAULT_MAX_BATCH = 16
 
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
+DEFAULT_OPT = "O2"
+# What kernels with int8 activations need, under LLVM's names.
+ACT_QUANT_FEATURES = ("avx512f", "avx512bw", "avx512vnni")
 
 
 @dataclass(frozen=True)
 class CompileOptions:
     """The limits a library is compiled for; counts are in tokens.
 
-    `sliding_window_size` 0 means what the model itself says. `opt` is LLVM's
-    level; GPU kernels are always compiled with nvcc's default, the highest.
+    `sliding_window_size` 0 means what the model itself says. `opt` is what `parse_opt` makes of
+    `--opt`. GPU kernels are always compiled with nvcc's default level, the highest.
     """
 
     context_window_size: int
@@ -36,7 +40,13 @@ class CompileOptions:
 
     @property
     def opt_level(self) -> int:
-        return OPT_LEVELS.index(self.opt)
+        """LLVM's."""
+        return OPT_LEVELS.index(self.opt.partition(";")[0])
+
+    @property
+    def act_quant(self) -> bool:
+        """Whether matmuls on CPUs round their activations to int8, by groups of 32."""
+        return self.opt.endswith(";act_quant=1")
 
     @staticmethod
     def resolve(
@@ -44,19 +54,18 @@ class CompileOptions:
         scheme: Scheme,
         chat: Mapping[str, Any] | None = None,
         overrides: str | None = None,
-        opt: str = "O2",
+        opt: str = DEFAULT_OPT,
     ) -> "CompileOptions":
         """Combine the model's own limits, mlc-chat-config.json and `--overrides`, in this order.
 
         Args:
             chat: mlc-chat-config.json, whose limits count unless they are -1 or null.
             overrides: "context_window_size=4096;kv_cache_dtype=fp8".
+            opt: "O2", "act_quant=1" or "O2;act_quant=1".
 
         Raises:
             ConfigError: an unknown key, a malformed value, or limits that contradict each other.
         """
-        if opt not in OPT_LEVELS:
-            raise ConfigError(f"--opt {opt}: expected one of {', '.join(OPT_LEVELS)}")
         given = dict(parse_overrides(overrides))
         chat = {**(chat or {}), **((chat or {}).get("model_config") or {})} if chat else {}
 
@@ -75,7 +84,7 @@ class CompileOptions:
             window,
             limit("attention_sink_size", config.attention_sinks),
             get_kv_format(str(given.get("kv_cache_dtype", scheme.dtype))),
-            opt,
+            parse_opt(opt),
         )
         if options.attention_sink_size and not (window or config.sliding_window):
             raise ConfigError(
@@ -91,6 +100,51 @@ class CompileOptions:
             # A step holds at least one token of each sequence.
             return replace(self, max_batch_size=self.prefill_chunk_size)
         return self
+
+
+def parse_opt(text: str) -> str:
+    """`--opt` in its one spelling: the level, then what differs from the default.
+
+    Raises:
+        ConfigError: names the part that is wrong and what there is.
+    """
+    level, act_quant = DEFAULT_OPT, False
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if key in OPT_LEVELS and not equals:
+            level = key
+        elif key == "act_quant" and value in ("0", "1"):
+            act_quant = value == "1"
+        else:
+            raise ConfigError(
+                f"--opt {text}: {part!r} is not understood, expected one of "
+                f"{', '.join(OPT_LEVELS)}, act_quant=0 or act_quant=1, several separated by ';'"
+            )
+    return level + (";act_quant=1" if act_quant else "")
+
+
+def check_act_quant(options: CompileOptions, scheme: Scheme, device: DeviceTarget) -> None:
+    """Refuse act_quant=1 where nothing would come of it.
+
+    Raises:
+        ConfigError: the device or the preset has no kernels with int8 activations.
+    """
+    if not options.act_quant:
+        return
+    if device.kind != "cpu":
+        raise ConfigError(f"--opt act_quant=1 is for device 'cpu', not '{device.kind}'")
+    missing = [name for name in ACT_QUANT_FEATURES if name not in device.cpu_features]
+    if missing:
+        raise ConfigError(
+            f"--opt act_quant=1 needs a CPU with {', '.join(ACT_QUANT_FEATURES)}; "
+            f"{','.join(device.arch)} lacks {', '.join(missing)}. Use act_quant=0"
+        )
+    quant = scheme.linear
+    if quant is None or (quant.bits, quant.group, quant.layout) != (4, 32, "NK"):
+        raise ConfigError(
+            f"--opt act_quant=1 is for 4-bit weights stored row by row, such as q4f16_1, not for "
+            f"{scheme.name}. Use act_quant=0"
+        )
 
 
 def parse_overrides(text: str | None) -> dict[str, int | str]:

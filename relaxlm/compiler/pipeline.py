@@ -29,13 +29,17 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Lowering:
-    """What the passes need to know besides the IR; `kind` is that of the target."""
+    """What the passes need to know besides the IR.
+
+    `kind` is that of the target; `act_quant` as in `CompileOptions`.
+    """
 
     config: DecoderConfig
     specs: list[ParameterSpec]
     scheme: Scheme
     kv_format: KVFormat
     kind: str
+    act_quant: bool = False
 
     def page_tensors(self) -> tuple[PageTensor, ...]:
         """The cache tensors of each layer."""
@@ -59,7 +63,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         # Weights -> kernels that read what is stored.
         LowerEmbedding(),
         *(
-            [LowerMatmulCPU()]
+            [LowerMatmulCPU(lowering.act_quant)]
             if lowering.kind == "cpu"
             else [relax.transform.FuseTransposeMatmul()]
         ),

@@ -72,9 +72,22 @@ def test_malformed_overrides_are_refused(text: str, message: str) -> None:
     assert str(error.value) == message
 
 
-def test_unknown_optimisation_level_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--opt O7: expected one of O0, O1, O2, O3"):
-        resolve(opt="O7")
+def test_optimisation_options_have_one_spelling() -> None:
+    assert resolve(opt="").opt == resolve(opt=" act_quant=0 ; O2").opt == "O2"
+    options = resolve(opt="act_quant=1")
+    assert (options.opt, options.opt_level, options.act_quant) == ("O2;act_quant=1", 2, True)
+    options = resolve(opt="O3;act_quant=0")
+    assert (options.opt, options.opt_level, options.act_quant) == ("O3", 3, False)
+
+
+@pytest.mark.parametrize("part", ["O7", "act_quant=2", "act_quant", "O2=1"])
+def test_unknown_optimisation_options_are_refused(part: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(opt=f"O1;{part}")
+    assert str(error.value) == (
+        f"--opt O1;{part}: {part!r} is not understood, expected one of O0, O1, O2, O3, "
+        "act_quant=0 or act_quant=1, several separated by ';'"
+    )
 
 
 def test_parse_overrides_ignores_spaces_and_empty_parts() -> None:
