@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tokenizers
 from pydantic import BaseModel, ConfigDict
 
-from relaxlm.errors import TokenizerError
+from relaxlm.errors import RequestError, TokenizerError
 from relaxlm.files import parse_json_object, read_bytes, read_json_object
 from relaxlm.runtime.token_decoding import (
     DecodeRules,
@@ -169,7 +169,17 @@ class Tokenizer:
 
         Special tokens that the text spells out become their ids. `add_special_tokens` adds what the
         model expects around a text, such as BOS.
+
+        Raises:
+            RequestError: half of a surrogate pair in the text, which no UTF-8 text has.
         """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text has {ascii(text[error.start])} at position {error.start}, half of a "
+                "surrogate pair and no character: send valid Unicode"
+            ) from None
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if add_special_tokens:
             return [*self._prefix, *ids, *self._suffix]

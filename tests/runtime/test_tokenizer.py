@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from relaxlm.errors import TokenizerError
+from relaxlm.errors import RequestError, TokenizerError
 from relaxlm.runtime.tokenizer import Tokenizer, TokenizerInfo
 from tests.runtime.tokenizer_samples import (
     LFS_POINTER,
@@ -252,4 +252,14 @@ def test_ids_that_the_library_would_change_silently(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{folder}/tokenizer.json: added token '<far>' has id 400, but the tokenizers library "
         "gives it 300, because the ids before it have gaps. Get a corrected file."
+    )
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(model_folder(tmp_path / "model"))
+    with pytest.raises(RequestError) as error:
+        tokenizer.encode("ab\ud800")
+    assert str(error.value) == (
+        r"the text has '\ud800' at position 2, half of a surrogate pair and no character: "
+        "send valid Unicode"
     )
