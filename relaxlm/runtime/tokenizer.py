@@ -177,7 +177,7 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"the text has {ascii(text[error.start])} at position {error.start}, half of a "
+                f"the text has {text[error.start]!a} at position {error.start}, half of a "
                 "surrogate pair and no character: send valid Unicode"
             ) from None
         ids = self._backend.encode(text, add_special_tokens=False).ids
