@@ -8,6 +8,7 @@ from tvm.s_tir import dlight
 
 from relaxlm.compiler.kernels import cpu_attention, cuda_attention
 from relaxlm.compiler.kernels.attention import PageTensor
+from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
 from relaxlm.compiler.passes.lower_paged_attention import (
@@ -63,7 +64,10 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         # Weights -> kernels that read what is stored.
         LowerEmbedding(),
         *(
-            [LowerMatmulCPU(lowering.act_quant)]
+            [
+                LowerMatmulCPU(lowering.act_quant),
+                FuseElementwiseCPU(lowering.config, lowering.kv_format),
+            ]
             if lowering.kind == "cpu"
             else [relax.transform.FuseTransposeMatmul()]
         ),

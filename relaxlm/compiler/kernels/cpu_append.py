@@ -29,39 +29,55 @@ def page_tensors(shape: AttentionShape, format: KVFormat) -> tuple[PageTensor, .
     return tuple(tensors)
 
 
-@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
-def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.PrimFunc:
-    """(k, v [n, heads, dim], slots [n], *page tensors) -> page tensors, written in place."""
-    heads, dim, page = shape.kv_heads, shape.head_dim, shape.page_size
+def store_macro(shape: AttentionShape, format: KVFormat):
+    """A TVMScript macro that puts the key and value of one token and head into their page.
+
+    (head, slot, k [dim], v [dim] float32, k_pages, v_pages, k_scales, v_scales); the scales are
+    those of an fp8 cache, else never touched.
+    """
+    dim, page = shape.head_dim, shape.page_size
 
     def code(value):
         return encode_e4m3(value) if format.scaled else T.cast(value, format.dtype)
 
     @T.macro
-    def store(k, v, slot, token, k_pages, v_pages, k_scales, v_scales):
+    def store(head, slot, k, v, k_pages, v_pages, k_scales, v_scales):
+        if format.scaled:
+            largest = T.decl_buffer((2,), "float32", scope="global")
+            largest[0] = T.float32(1e-20)
+            largest[1] = T.float32(1e-20)
+            for d in T.serial(dim):
+                largest[0] = T.max(largest[0], T.abs(k[d]))
+                largest[1] = T.max(largest[1], T.abs(v[d]))
+            k_scales[slot // page, head, slot % page] = largest[0] * T.float32(1 / E4M3_MAX)
+            v_scales[slot // page, head, slot % page] = largest[1] * T.float32(1 / E4M3_MAX)
+            for d in T.serial(dim):
+                k[d] = k[d] / (largest[0] * T.float32(1 / E4M3_MAX))
+                v[d] = v[d] / (largest[1] * T.float32(1 / E4M3_MAX))
+        for d in T.serial(dim):
+            k_pages[slot // page, head, d, slot % page] = code(k[d])
+        for d in T.serial(dim):
+            v_pages[slot // page, head, slot % page, d] = code(v[d])
+
+    return store
+
+
+@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
+def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.PrimFunc:
+    """(k, v [n, heads, dim], slots [n], *page tensors) -> page tensors, written in place."""
+    heads, dim, page = shape.kv_heads, shape.head_dim, shape.page_size
+
+    store = store_macro(shape, format)
+
+    @T.macro
+    def append_token(k, v, slot, token, k_pages, v_pages, k_scales, v_scales):
+        key = T.decl_buffer((dim,), "float32", scope="global")
+        value = T.decl_buffer((dim,), "float32", scope="global")
         for head in T.serial(heads):
-            if format.scaled:
-                largest = T.decl_buffer((2,), "float32", scope="global")
-                largest[0] = T.float32(1e-20)
-                largest[1] = T.float32(1e-20)
-                for d in T.serial(dim):
-                    largest[0] = T.max(largest[0], T.abs(T.cast(k[token, head, d], "float32")))
-                    largest[1] = T.max(largest[1], T.abs(T.cast(v[token, head, d], "float32")))
-                k_scales[slot // page, head, slot % page] = largest[0] * T.float32(1 / E4M3_MAX)
-                v_scales[slot // page, head, slot % page] = largest[1] * T.float32(1 / E4M3_MAX)
-                for d in T.serial(dim):
-                    k_pages[slot // page, head, d, slot % page] = code(
-                        T.cast(k[token, head, d], "float32")
-                        / (largest[0] * T.float32(1 / E4M3_MAX))
-                    )
-                    v_pages[slot // page, head, slot % page, d] = code(
-                        T.cast(v[token, head, d], "float32")
-                        / (largest[1] * T.float32(1 / E4M3_MAX))
-                    )
-            else:
-                for d in T.serial(dim):
-                    k_pages[slot // page, head, d, slot % page] = code(k[token, head, d])
-                    v_pages[slot // page, head, slot % page, d] = code(v[token, head, d])
+            for d in T.serial(dim):
+                key[d] = T.cast(k[token, head, d], "float32")
+                value[d] = T.cast(v[token, head, d], "float32")
+            store(head, slot, key, value, k_pages, v_pages, k_scales, v_scales)
 
     if format.scaled:
 
@@ -85,7 +101,7 @@ def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
             k_scales = T.match_buffer(k_scales_h, (pages, heads, page), "float32")
             v_scales = T.match_buffer(v_scales_h, (pages, heads, page), "float32")
             for token in T.parallel(n):
-                store(k, v, slots[token], token, k_pages, v_pages, k_scales, v_scales)
+                append_token(k, v, slots[token], token, k_pages, v_pages, k_scales, v_scales)
 
         return as_relax_kernel(append_scaled)
 
@@ -101,6 +117,6 @@ def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
         k_pages = T.match_buffer(k_pages_h, (pages, heads, dim, page), format.dtype)
         v_pages = T.match_buffer(v_pages_h, (pages, heads, page, dim), format.dtype)
         for token in T.parallel(n):
-            store(k, v, slots[token], token, k_pages, v_pages, k_pages, v_pages)
+            append_token(k, v, slots[token], token, k_pages, v_pages, k_pages, v_pages)
 
     return as_relax_kernel(append)
