@@ -3,9 +3,9 @@
 Per shape and number of rows of x, for exact kernels and for int8 activations: GB/s of stored
 weights, as a share of a loop that only reads the same bytes, and GFLOPS, as a share of a loop of
 nothing but multiply-adds (int8: of four times that, which AVX-512 VNNI does). All are timed in
-turns, and the median counts (of the peak, the best), since a busy machine slows all of them. Weights lie in memory, not in
-the cache: several copies are used in turn. With `--threads 1`, time is that of the CPU, which other
-programs on a busy machine disturb less.
+turns, and the median counts (of the peak, the best), since a busy machine slows all of them.
+Weights lie in memory, not in the cache: several copies are used in turn. With `--threads 1`, time
+is that of the CPU, which other programs on a busy machine disturb less.
 """
 
 import argparse
