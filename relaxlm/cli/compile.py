@@ -43,7 +43,7 @@ def compile(
         str,
         typer.Option(
             "--opt",
-            help="CPU code: LLVM's optimisation level, O0 to O3, and act_quant=1 to round "
+            help="CPU code: LLVM's optimisation level, O1 to O3, and act_quant=1 to round "
             'activations to int8 in matmuls (faster, not exact): "O2;act_quant=1".',
         ),
     ] = "O2",

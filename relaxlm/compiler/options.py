@@ -16,7 +16,9 @@ DEFAULT_PREFILL_CHUNK = 2048
 # Sequences that one step may hold, and rows of logits that it may return.
 DEFAULT_MAX_BATCH = 16
 
-OPT_LEVELS = ("O0", "O1", "O2", "O3")
+# LLVM's, from 1 on: at 0, TVM's modules register themselves as the process's system library, and
+# two of them in one process get in each other's way.
+OPT_LEVELS = ("O1", "O2", "O3")
 DEFAULT_OPT = "O2"
 # What kernels with int8 activations need, under LLVM's names.
 ACT_QUANT_FEATURES = ("avx512f", "avx512bw", "avx512vnni")
@@ -41,7 +43,7 @@ class CompileOptions:
     @property
     def opt_level(self) -> int:
         """LLVM's."""
-        return OPT_LEVELS.index(self.opt.partition(";")[0])
+        return int(self.opt.partition(";")[0].removeprefix("O"))
 
     @property
     def act_quant(self) -> bool:

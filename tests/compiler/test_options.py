@@ -85,7 +85,7 @@ def test_unknown_optimisation_options_are_refused(part: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(opt=f"O1;{part}")
     assert str(error.value) == (
-        f"--opt O1;{part}: {part!r} is not understood, expected one of O0, O1, O2, O3, "
+        f"--opt O1;{part}: {part!r} is not understood, expected one of O1, O2, O3, "
         "act_quant=0 or act_quant=1, several separated by ';'"
     )
 

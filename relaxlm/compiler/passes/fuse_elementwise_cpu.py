@@ -20,6 +20,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from relaxlm.compiler.kernels.cpu_elementwise import norm_kernel, silu_mul_kernel
 from relaxlm.compiler.kernels.cpu_rope import RopeOptions, rope_append_kernel
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
+from relaxlm.compiler.passes.rewrite import rewrite_functions
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.kv_cache import KVFormat
 
@@ -31,10 +32,7 @@ class FuseElementwiseCPU:
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         rewriter = _Rewriter(mod, self)
-        for name, function in mod.functions_items():
-            if isinstance(function, relax.Function):
-                rewriter.builder_.update_func(name, rewriter.rewrite(function))
-        return relax.transform.DeadCodeElimination()(rewriter.builder_.finalize())
+        return rewrite_functions(mod, rewriter, rewriter.rewrite)
 
 
 def _is(expr: Any, operator: str) -> bool:

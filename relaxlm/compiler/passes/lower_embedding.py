@@ -10,6 +10,7 @@ import tvm
 from tvm import relax, te
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from relaxlm.compiler.passes.rewrite import rewrite_functions
 from relaxlm.compiler.passes.weights import stored_weight
 from relaxlm.quantization.transform import element
 
@@ -17,11 +18,7 @@ from relaxlm.quantization.transform import element
 @tvm.transform.module_pass(opt_level=0, name="LowerEmbedding")
 class LowerEmbedding:
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        rewriter = _Rewriter(mod)
-        for name, function in mod.functions_items():
-            if isinstance(function, relax.Function):
-                rewriter.builder_.update_func(name, rewriter.visit_expr(function))
-        return relax.transform.DeadCodeElimination()(rewriter.builder_.finalize())
+        return rewrite_functions(mod, _Rewriter(mod))
 
 
 @mutator

@@ -19,6 +19,7 @@ from relaxlm.compiler.kernels import cpu_int8
 from relaxlm.compiler.kernels.cpu_matmul import matmul_kernel
 from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.vector import vector_unit
+from relaxlm.compiler.passes.rewrite import rewrite_functions
 from relaxlm.compiler.passes.weights import stored_weight
 
 
@@ -34,11 +35,7 @@ class LowerMatmulCPU:
         self.act_quant = act_quant
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        rewriter = _Rewriter(mod, self.act_quant)
-        for name, function in mod.functions_items():
-            if isinstance(function, relax.Function):
-                rewriter.builder_.update_func(name, rewriter.visit_expr(function))
-        return relax.transform.DeadCodeElimination()(rewriter.builder_.finalize())
+        return rewrite_functions(mod, _Rewriter(mod, self.act_quant))
 
 
 @mutator
