@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 QUESTIONS = (
-    "Hello! Who are you?",
+    "Who are you?",
     "Tell me a story about a fox.",
     "What is 17 + 25?",
 )
