@@ -23,11 +23,15 @@ from tests.expression import bindings, written_out
 from tests.models.parity import tiny_config
 from tests.quantization.test_transform import quantized
 
+# Few shapes of matrices, because parsing their kernels takes most of the time.
+SIZES = {"hidden_size": 72, "intermediate_size": 64}
+SMALL = tiny_config("llama", **SIZES, num_hidden_layers=1)
+PLAIN = tiny_config("llama", **SIZES)
 # Two layers with windows of their own: 0 and 19.
-RAW = tiny_config("qwen2", use_sliding_window=True, sliding_window=19, max_window_layers=1)
+RAW = tiny_config("qwen2", **SIZES, use_sliding_window=True, sliding_window=19, max_window_layers=1)
 
 
-def lowering(raw: dict = RAW, scheme: str = "q4f16_1", kv_format: str = "f32", kind: str = "cpu"):
+def lowering(raw: dict = PLAIN, scheme: str = "q4f16_1", kv_format: str = "f32", kind: str = "cpu"):
     config = models.load_config(raw)
     specs = models.create(config).parameter_specs()
     return Lowering(config, specs, get_scheme(scheme), get_kv_format(kv_format), kind)
@@ -153,7 +157,7 @@ def test_other_products_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_no_weight_is_ever_written_out_as_a_dense_float_matrix_on_a_cpu(scheme: str) -> None:
-    raw = tiny_config("llama", num_hidden_layers=1, tie_word_embeddings=scheme == "q4f16_0")
+    raw = {**SMALL, "tie_word_embeddings": scheme == "q4f16_0"}
     plan = lowering(raw, scheme)
     module = lowered(plan, until="LowerMatmulCPU")
     assert not {"relax.matmul", "relax.permute_dims", "relax.take"} & operators(module)
@@ -176,19 +180,15 @@ def test_no_weight_is_ever_written_out_as_a_dense_float_matrix_on_a_cpu(scheme: 
 
 
 def test_the_model_is_the_same_for_every_cache_format_until_attention_is_lowered() -> None:
-    before, after = (
-        {name: lowered(lowering(kv_format=name), until=step) for name in KV_FORMATS}
-        for step in ("QuantizeParameters", "LowerPagedAttention")
+    first, *others = (
+        lowered(lowering(kv_format=name), until="QuantizeParameters") for name in KV_FORMATS
     )
-    first, *others = before.values()
     assert all(structural_equal(first, other) for other in others)
     assert "@relaxlm.paged_attention(cache, " in written_out(first["forward"])
-    first, *others = after.values()
-    assert not any(structural_equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
-@pytest.mark.parametrize("kv_format", KV_FORMATS)
+@pytest.mark.parametrize("kv_format", ["bfloat16", "float8_e4m3"])
 def test_the_cache_becomes_tables_and_page_tensors(kv_format: str, kind: str) -> None:
     plan = lowering(kv_format=kv_format, kind=kind)
     before = lowered(plan, until="QuantizeParameters")
@@ -212,8 +212,7 @@ def test_the_cache_becomes_tables_and_page_tensors(kv_format: str, kind: str) ->
 
 
 def test_layers_share_kernels_where_their_attention_is_the_same() -> None:
-    plain = tiny_config("llama", num_hidden_layers=4)
-    for raw, kernels in ((plain, 1), (RAW, 2)):
+    for raw, kernels in ((PLAIN, 1), (RAW, 2)):
         module = lowered(lowering(raw), until="LowerPagedAttention")
         found = [name for name in names(module) if name.startswith("paged_attention")]
         assert len(found) == kernels, found
@@ -229,7 +228,7 @@ def test_copies_go_through_every_tensor_of_every_layer() -> None:
 # All of them
 
 
-@pytest.mark.parametrize("scheme", ["q0f32", "q0f16", "q4f16_0", "q4f16_1"])
+@pytest.mark.parametrize("scheme", ["q0f16", "q4f16_0", "q4f16_1"])
 def test_a_second_run_changes_nothing(scheme: str) -> None:
     plan = lowering(scheme=scheme, kv_format="fp8")
     module = lowered(plan, until="LowerMatmulCPU")

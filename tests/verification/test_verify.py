@@ -39,7 +39,8 @@ TEXTS = ("The quick brown fox.", "def f(x):\n    return x + 1  # größer als zw
 
 def save_checkpoint(folder: Path, raw: dict) -> Path:
     """A Hugging Face folder: random weights, a byte-level tokenizer without merges."""
-    raw = {**raw, "vocab_size": 260}
+    # Of few shapes, because every shape of a matrix is a kernel to compile.
+    raw = {**raw, "vocab_size": 260, "intermediate_size": 64}
     parity.reference_model(raw).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(raw))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -166,11 +167,8 @@ def test_one_reference_is_enough_if_asked_for(llama: Path, q4f16_1: Path, refere
     assert f"Against {text}" in failure(found)
 
 
-@pytest.mark.parametrize("kv_format", ["f16", "fp8"])
-def test_a_rounded_cache_is_rounded_in_the_reference_too(
-    llama: Path, q0f32: Path, kv_format: str
-) -> None:
-    found = verify(llama, q0f32, overrides=f"kv_cache_dtype={kv_format}")
+def test_a_rounded_cache_is_rounded_in_the_reference_too(llama: Path, q0f32: Path) -> None:
+    found = verify(llama, q0f32, overrides="kv_cache_dtype=fp8")
     found.check()
     floats, stored = found.comparisons
     assert floats.total.relative_error > 3 * stored.total.relative_error
@@ -209,7 +207,7 @@ def test_weights_from_another_converter_may_be_rounded_otherwise(
     found = verify(llama, folder, Thresholds(top1=0.3))
     found.check()
     (difference,) = found.weights
-    assert difference.rounding and difference.share == 1 / (224 * 64)
+    assert difference.rounding and difference.share == 1 / (128 * 64)
     assert report(found)[0] == (
         "weights: 1 differ by rounding from what q4f16_1 makes of the checkpoint"
     )
