@@ -36,8 +36,8 @@ _SIZES = (
     "head_dim",
     "tie_word_embeddings",
 )
-# torch and transformers themselves.
-_PACKAGES_MEMORY = 500_000_000
+# torch, transformers, the compiler, and blocks of logits and weights that are being compared.
+_BASE_MEMORY = 800_000_000
 
 Progress = Callable[[str], None]
 
@@ -97,7 +97,7 @@ class Job:
         longest = max(len(ids) for _, ids in self.texts)
         per_token = info.vocab_size + (len(self.config.windows) + 1) * info.hidden_size
         results = 4 * (tokens + longest) * per_token
-        return original + _PACKAGES_MEMORY, info.memory.params + temporary, results
+        return original + _BASE_MEMORY, info.memory.params + temporary, results
 
     def run(
         self, thresholds: Thresholds | None = None, progress: Progress = lambda text: None

@@ -46,7 +46,7 @@ def test_a_library_that_passes(run, folders: tuple[Path, Path], tmp_path: Path) 
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0].endswith(f".so: qwen2, q4f16_1, cpu, float16 cache; weights in {folder}")
-    assert lines[1].startswith("needs about ") and "the original 500 MB, the library " in lines[1]
+    assert lines[1].startswith("needs about ") and "the original 800 MB, the library " in lines[1]
     assert lines[2] == "weights: exactly what q4f16_1 makes of the checkpoint"
     assert sum(line.startswith("against ") for line in lines) == 2
     assert lines[-1] == "verified"
