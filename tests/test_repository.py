@@ -134,6 +134,17 @@ def test_no_large_files():
     assert not large
 
 
+def test_links_between_pages_lead_somewhere():
+    dead = [
+        f"{name}: {target}"
+        for name, text in tracked_text()
+        if name.endswith(".md")
+        for target in re.findall(r"\]\(([^)#\s]+)", text)
+        if "://" not in target and not (ROOT / name).parent.joinpath(target).exists()
+    ]
+    assert not dead, f"these lead nowhere: {', '.join(dead)}"
+
+
 def test_every_test_folder_mirrors_a_folder_of_the_package():
     for folder in (ROOT / "tests").rglob("__init__.py"):
         mirrored = PACKAGE / folder.parent.relative_to(ROOT / "tests")

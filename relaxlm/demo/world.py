@@ -2,7 +2,8 @@
 
 A toy made by this project, licensed Apache-2.0 with it: every sentence comes from the grammar in
 this folder, none from anywhere else. There are facts about sixteen villagers, short stories with
-questions about them, and addition and subtraction of numbers up to 99.
+questions about them, lists to look things up in, words to repeat, and addition and subtraction of
+numbers up to 99.
 
 Training text and held-out questions never overlap. What is held out is decided by the content
 alone, whatever the seed:
@@ -12,49 +13,43 @@ alone, whatever the seed:
     follow_up     one of eight (first reply, attribute or person asked about next) pairs
     reading       one of sixteen stories, with all its questions
     sum           one of eight pairs of numbers, in either order, in every phrasing
-    tale          one of eight pairs of animals, or of animal and name, in a request for a story
+    lookup        one of eight lists of sentences
+    repeat        one of eight sequences of words
+    tale          one of eight pairs of words that a story is asked to be about
 
 Standard library only.
 """
 
-import hashlib
 import itertools
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-from relaxlm.demo.stories import ANIMALS, NAMES, OBJECTS, QUESTIONS, Story, make_story
+from relaxlm.demo import turns
+from relaxlm.demo.stories import QUESTIONS, Story
 from relaxlm.demo.talk import small_talk
-from relaxlm.demo.village import (
-    ATTRIBUTES,
-    BY_NAME,
-    COLOURS,
-    PEOPLE,
-    REVERSE,
-    THINGS,
-    Person,
-    with_article,
-)
+from relaxlm.demo.turns import Turn
+from relaxlm.demo.village import BY_NAME
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Conversation = list[Message]
 
-KINDS = ("fact", "yes_no", "follow_up", "reading", "sum", "brief", "tale")
+KINDS = ("fact", "yes_no", "follow_up", "reading", "lookup", "repeat", "sum", "brief", "tale")
 BRIEF = "Answer in as few words as possible."
 SYSTEM_MESSAGES = (
     "You are a friendly assistant.",
     "You are a tiny demo model.",
     "You are a helpful assistant.",
 )
-LARGEST = 99
 
 
 @dataclass(frozen=True)
 class Question:
     """A conversation that ends with a user's message.
 
-    `answer` holds the phrases that a right reply contains, separated by ", " (see `grade`).
+    `answer` is what `grade` compares a reply with.
     """
 
     messages: tuple[Message, ...]
@@ -67,267 +62,72 @@ class Question:
         return self.messages[-1]["content"]
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A question with its reply in a full sentence and in few words."""
-
-    question: str
-    reply: str
-    short: str
-    answer: str
-    person: Person | None = None  # whom a follow-up may ask about
-    attribute: str = ""
-
-    def messages(self, brief: bool = False) -> list[Message]:
-        return [_user(self.question), _assistant(self.short if brief else self.reply)]
-
-
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
-def _digest(*key: object) -> int:
-    """The same on every machine and Python, unlike hash()."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
-
-
-def _is_held_out(*key: object, one_in: int = 8) -> bool:
-    return _digest(*key) % one_in == 0
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
-
-
-# Facts
-
-
-def _fact_turn(person: Person, attribute: str, question: str) -> _Turn:
-    a, words = ATTRIBUTES[attribute], person.words()
-    return _Turn(
-        question.format(**words),
-        a.reply.format(**words),
-        _sentence(a.short.format(**words)),
-        a.key.format(**words),
-        person,
-        attribute,
-    )
-
-
-def _reverse_turn(person: Person, attribute: str, question: str) -> _Turn:
-    turn = _fact_turn(person, REVERSE[attribute].attribute, question)
-    return _Turn(turn.question, turn.reply, f"{person.name}.", person.name, person, turn.attribute)
-
-
-def _held_out_phrasing(group: str, person: Person, attribute: str, phrasings: int) -> int:
-    return _digest(group, person.name, attribute) % phrasings
-
-
-def _fact_turns(held_out: bool) -> list[_Turn]:
-    turns = []
-    for person in PEOPLE:
-        for name, a in ATTRIBUTES.items():
-            skip = _held_out_phrasing("fact", person, name, len(a.questions))
-            for i, question in enumerate(a.questions):
-                if (i == skip) == held_out:
-                    turns.append(_fact_turn(person, name, question))
-        for name, r in REVERSE.items():
-            skip = _held_out_phrasing("reverse", person, name, len(r.questions))
-            for i, question in enumerate(r.questions):
-                if (i == skip) == held_out:
-                    turns.append(_reverse_turn(person, name, question))
-    return turns
-
-
-def _claims(held_out: bool) -> list[_Turn]:
-    """Questions to answer with yes or no."""
-    turns = []
-    for person in PEOPLE:
-        words = person.words()
-        claims = [
-            (thing, f"Is {person.name}'s {thing} {colour}?", words[thing] == colour)
-            for thing, colour in itertools.product(THINGS, COLOURS)
-        ] + [
-            ("home", f"Does {person.name} live {other.home}?", other is person) for other in PEOPLE
-        ]
-        for attribute, question, true in claims:
-            if _is_held_out("claim", question) == held_out:
-                word = "Yes" if true else "No"
-                reply = ATTRIBUTES[attribute].reply.format(**words)
-                turns.append(
-                    _Turn(question, f"{word}, {reply}", f"{word}.", word, person, attribute)
-                )
-    return turns
-
-
-def _follow_ups(person: Person, attribute: str, held_out: bool) -> list[_Turn]:
-    """What can be asked after `attribute` of `person`: another attribute, or another person."""
-    turns = []
-    said = ATTRIBUTES[attribute].reply.format(**person.words())
-    for other in ATTRIBUTES:
-        if other != attribute and _is_held_out("follow up", said, other) == held_out:
-            turns += [_fact_turn(person, other, q) for q in ATTRIBUTES[other].follow_ups]
-    for other_person in PEOPLE:
-        if other_person is person or _is_held_out("and", said, other_person.name) != held_out:
-            continue
-        turns += [
-            _fact_turn(other_person, attribute, q) for q in ("And {name}?", "What about {name}?")
-        ]
-    return turns
-
-
-# Sums
-
-
-_ADD = (
-    "What is {a} + {b}?",
-    "{a} + {b}",
-    "{a} + {b} = ?",
-    "{a}+{b}",
-    "What is {a}+{b}?",
-    "How much is {a} plus {b}?",
-    "What is {a} plus {b}?",
-    "Please add {a} and {b}.",
-)
-_SUBTRACT = (
-    "What is {a} - {b}?",
-    "{a} - {b}",
-    "{a} - {b} = ?",
-    "{a}-{b}",
-    "What is {a}-{b}?",
-    "How much is {a} minus {b}?",
-    "What is {a} minus {b}?",
-    "Please take {b} away from {a}.",
-)
-
-
-def _sum_turn(rng: random.Random, a: int, sign: str, b: int) -> _Turn:
-    value = a + b if sign == "+" else a - b
-    question = rng.choice(_ADD if sign == "+" else _SUBTRACT).format(a=a, b=b)
-    return _Turn(question, f"{a} {sign} {b} = {value}.", f"{value}.", str(value))
-
-
-def _sums(held_out: bool) -> list[tuple[int, str, int]]:
-    """Every (a, sign, b) with numbers and result in 0 .. LARGEST."""
-    pairs = itertools.product(range(LARGEST + 1), repeat=2)
-    sums = []
-    for a, b in pairs:
-        if a + b <= LARGEST and _is_held_out("+", min(a, b), max(a, b)) == held_out:
-            sums.append((a, "+", b))
-        if b <= a and _is_held_out("-", a, b) == held_out:
-            sums.append((a, "-", b))
-    return sums
-
-
-# Stories
-
-
-def stories(seed: int | str, held_out: bool = False) -> Iterator[Story]:
-    """Stories without end; those of `held_out=True` are in no training text."""
-    rng = random.Random(f"stories {seed}")
-    while True:
-        story = make_story(rng)
-        if _is_held_out("story", story.text, one_in=16) == held_out:
-            yield story
-
-
-def _trained_story(rng: random.Random, **given: str) -> Story:
-    while True:
-        story = make_story(rng, **given)
-        if not _is_held_out("story", story.text, one_in=16):
-            return story
-
-
-def _reading_turn(story: Story, asked: str, question: str, tell: bool) -> _Turn:
-    """A question about `story`; the story stands before the question if `tell`."""
-    _, reply, short, key = QUESTIONS[asked]
-    words = story.words
-    text = question.format(**words)
-    return _Turn(
-        f"{story.text}\n\n{text}" if tell else text,
-        reply.format(**words),
-        _sentence(short.format(**words)),
-        key.format(**words),
-    )
-
-
-_REQUESTS = (
-    "Tell me a story about {}.",
-    "Can you tell me a story about {}?",
-    "I would like a story about {}.",
-)
-
-
-def _tale(rng: random.Random, held_out: bool) -> tuple[str, dict[str, str]]:
-    """What a story should be about, and the words that this fixes."""
-    while True:
-        animal, other = rng.sample(ANIMALS, 2)
-        name, thing, colour = rng.choice(NAMES), rng.choice(OBJECTS), rng.choice(COLOURS)
-        which = rng.randrange(5)
-        if which == 0 and not held_out:
-            return with_article(animal), {"animal": animal}
-        if which == 1 and not held_out:
-            return with_article(thing), {"thing": thing}
-        if which == 2 and _is_held_out("tale", animal, other) == held_out:
-            about = f"{with_article(animal)} and {with_article(other)}"
-            return about, {"animal": animal, "other": other}
-        if which == 3 and _is_held_out("tale", animal, name) == held_out:
-            return f"{with_article(animal)} named {name}", {"animal": animal, "name": name}
-        if which == 4 and _is_held_out("tale", colour, thing) == held_out:
-            return with_article(f"{colour} {thing}"), {"colour": colour, "thing": thing}
+def _messages(turn: Turn, brief: bool = False) -> list[Message]:
+    reply = turn.short if brief else turn.reply
+    return [_user(turn.question), {"role": "assistant", "content": reply}]
 
 
 # Training text
 
 
+def stories(seed: int | str, held_out: bool = False) -> Iterator[Story]:
+    """Stories without end; those of `held_out=True` are in no training text."""
+    return turns.stories(random.Random(f"stories {seed}"), held_out)
+
+
 class _Trainer:
     """Draws what the model learns from; nothing held out is among it."""
 
+    SHARES: ClassVar[dict[str, int]] = {  # in percent of the blocks
+        "fact": 16,
+        "claim": 10,
+        "reading": 24,
+        "lookup": 14,
+        "repeat": 6,
+        "sum": 18,
+        "tale": 6,
+        "talk": 6,
+    }
+
+    NEVER_BRIEF = ("claim", "repeat", "tale", "talk")
+
     def __init__(self, seed: int | str) -> None:
         self.rng = random.Random(f"conversations {seed}")
-        self.facts = _fact_turns(held_out=False)
-        claims = _claims(held_out=False)
-        self.claims = [[c for c in claims if c.answer == word] for word in ("Yes", "No")]
-        self.sums = _sums(held_out=False)
+        self.facts = turns.facts(held_out=False)
+        claims = turns.claims(held_out=False)
+        self.claims = [[c for c in claims if c.answer == word] for word in ("yes", "no")]
+        self.sums = turns.sums(held_out=False)
 
-    def block(self) -> tuple[list[_Turn], bool]:
-        """A few turns that belong together, and whether they may be asked for in few words."""
-        rng = self.rng
-        kind = rng.choices(("fact", "claim", "read", "sum", "tale", "talk"), (22, 12, 24, 28, 6, 8))
-        if kind == ["fact"]:
-            turns = [rng.choice(self.facts)]
+    def block(self, brief: bool) -> list[Turn]:
+        """A few turns that belong together; if `brief`, such as have a brief reply."""
+        rng, shares = self.rng, self.SHARES
+        kinds = [kind for kind in shares if not (brief and kind in self.NEVER_BRIEF)]
+        kind = rng.choices(kinds, [shares[kind] for kind in kinds])[0]
+        if kind == "fact":
+            block = [rng.choice(self.facts)]
             while rng.random() < 0.5:
-                last = turns[-1]
-                assert last.person
-                turns.append(rng.choice(_follow_ups(last.person, last.attribute, held_out=False)))
-            return turns, True
-        if kind == ["claim"]:
-            return [rng.choice(rng.choice(self.claims))], True
-        if kind == ["read"]:
-            story = _trained_story(rng)
-            asked = rng.sample(list(QUESTIONS), rng.randint(3, 7))
-            turns = [
-                _reading_turn(story, which, rng.choice(QUESTIONS[which][0]), tell=i == 0)
-                for i, which in enumerate(asked)
-            ]
-            return turns, True
-        if kind == ["sum"]:
-            return [_sum_turn(rng, *rng.choice(self.sums)) for _ in range(rng.randint(1, 5))], True
-        if kind == ["tale"]:
-            if rng.random() < 0.3:
-                question = rng.choice(("Tell me a story.", "Can you tell me a story?"))
-                given: dict[str, str] = {}
-            else:
-                about, given = _tale(rng, held_out=False)
-                question = rng.choice(_REQUESTS).format(about)
-            text = _trained_story(rng, **given).text
-            return [_Turn(question, text, text, text)], False
+                block.append(rng.choice(turns.follow_ups(block[-1], held_out=False)))
+            return block
+        if kind == "claim":
+            return [rng.choice(rng.choice(self.claims))]
+        if kind == "reading":
+            story = next(turns.stories(rng, held_out=False))
+            asked = rng.sample(list(QUESTIONS), rng.randint(4, 8))
+            return [turns.reading(rng, story, which, tell=i == 0) for i, which in enumerate(asked)]
+        if kind == "lookup":
+            return turns.lookups(rng, held_out=False)
+        if kind == "repeat":
+            return [turns.repeat(rng, held_out=False) for _ in range(rng.randint(1, 3))]
+        if kind == "sum":
+            return [turns.sum_of(rng, *rng.choice(self.sums)) for _ in range(rng.randint(1, 5))]
+        if kind == "tale":
+            return [turns.tale(rng, held_out=False)]
         question, reply = small_talk(rng)
-        return [_Turn(question, reply, reply, reply)], False
+        return [Turn(question, reply, reply, reply)]
 
 
 def _casual(question: str) -> str:
@@ -354,15 +154,13 @@ def training_conversations(seed: int | str, size: int = 280) -> Iterator[Convers
         messages = [{"role": "system", "content": system}] if system else []
         used = 0
         while used < max(wanted, 1):
-            turns, may_be_brief = trainer.block()
-            if system == BRIEF and not may_be_brief:
-                continue
-            length = sum(_tokens(message) for turn in turns for message in turn.messages())
+            block = trainer.block(brief=system == BRIEF)
+            length = sum(_tokens(message) for turn in block for message in _messages(turn))
             if used and used + length > size:
                 break
-            for turn in turns:
-                question, reply = turn.messages(brief=system == BRIEF)
-                if rng.random() < 0.1:
+            for turn in block:
+                question, reply = _messages(turn, brief=system == BRIEF)
+                if turn.may_be_casual and rng.random() < 0.1:
                     question = _user(_casual(question["content"]))
                 messages += [question, reply]
             used += length
@@ -372,62 +170,52 @@ def training_conversations(seed: int | str, size: int = 280) -> Iterator[Convers
 def training_texts(seed: int | str) -> Iterator[str]:
     """Plain documents without end: stories, and lists of sums."""
     rng = random.Random(f"texts {seed}")
-    sums = _sums(held_out=False)
+    sums = turns.sums(held_out=False)
     for story in stories(seed):
         yield story.text
-        drill = [_sum_turn(rng, *rng.choice(sums)).reply for _ in range(rng.randint(4, 16))]
+        drill = [turns.sum_of(rng, *rng.choice(sums)).reply for _ in range(rng.randint(4, 12))]
         yield "\n".join(drill)
 
 
 # Held-out questions
 
 
-def _ask(*messages: Message, answer: str, kind: str) -> Question:
-    return Question(messages, answer, kind)
-
-
 def held_out_questions() -> list[Question]:
-    """About 900 questions that the training text asks only in other words or of other examples.
+    """About 1000 questions that the training text asks only in other words or of other examples.
 
     Always the same, in an order in which every prefix has the kinds in about the proportions of
     the whole, so that `held_out_questions()[:60]` is a fair sample.
     """
     rng = random.Random("held out")
-    facts = _fact_turns(held_out=True)
-    rng.shuffle(facts)
     by_kind: dict[str, list[Question]] = {kind: [] for kind in KINDS}
+
+    def ask(kind: str, turn: Turn, *before: Message) -> None:
+        by_kind[kind].append(Question((*before, _user(turn.question)), turn.answer, kind))
+
+    facts = turns.facts(held_out=True)
+    rng.shuffle(facts)
     for turn in facts:
-        by_kind["fact"].append(_ask(_user(turn.question), answer=turn.answer, kind="fact"))
+        ask("fact", turn)
     for turn in rng.sample(facts, 40):
-        system = {"role": "system", "content": BRIEF}
-        question = _ask(system, _user(turn.question), answer=turn.answer, kind="brief")
-        by_kind["brief"].append(question)
-    claims = _claims(held_out=True)
-    no = rng.sample([c for c in claims if c.answer == "No"], 40)
-    yes = [c for c in claims if c.answer == "Yes"]
+        ask("brief", turn, {"role": "system", "content": BRIEF})
+    claims = turns.claims(held_out=True)
+    no = rng.sample([c for c in claims if c.answer == "no"], 40)
+    yes = [c for c in claims if c.answer == "yes"]
     for turn in rng.sample(no + yes, len(no + yes)):
-        by_kind["yes_no"].append(_ask(_user(turn.question), answer=turn.answer, kind="yes_no"))
-    for first in rng.sample(_fact_turns(held_out=False), 110):
-        assert first.person
-        choices = _follow_ups(first.person, first.attribute, held_out=True)
-        if not choices:
-            continue
-        then = rng.choice(choices)
-        messages = [*first.messages(), _user(then.question)]
-        by_kind["follow_up"].append(_ask(*messages, answer=then.answer, kind="follow_up"))
-    for story in itertools.islice(stories("held out questions", held_out=True), 20):
-        for which, (phrasings, *_) in QUESTIONS.items():
-            turn = _reading_turn(story, which, rng.choice(phrasings), tell=True)
-            question = _ask(_user(turn.question), answer=turn.answer, kind="reading")
-            by_kind["reading"].append(question)
-    for a, sign, b in rng.sample(_sums(held_out=True), 200):
-        turn = _sum_turn(rng, a, sign, b)
-        by_kind["sum"].append(_ask(_user(turn.question), answer=turn.answer, kind="sum"))
+        ask("yes_no", turn)
+    for first in rng.sample(turns.facts(held_out=False), 110):
+        if choices := turns.follow_ups(first, held_out=True):
+            ask("follow_up", rng.choice(choices), *_messages(first))
+    some = list(itertools.islice(stories("held out questions", held_out=True), 20))
+    for story, which in rng.sample(list(itertools.product(some, QUESTIONS)), 200):
+        ask("reading", turns.reading(rng, story, which, tell=True))
+    for a, sign, b in rng.sample(turns.sums(held_out=True), 200):
+        ask("sum", turns.sum_of(rng, a, sign, b))
+    for _ in range(60):
+        ask("lookup", turns.lookups(rng, held_out=True)[0])
+        ask("repeat", turns.repeat(rng, held_out=True))
     for _ in range(40):
-        about, given = _tale(rng, held_out=True)
-        text = rng.choice(_REQUESTS).format(about)
-        by_kind["tale"].append(_ask(_user(text), answer=", ".join(given.values()), kind="tale"))
-    rng.shuffle(by_kind["reading"])
+        ask("tale", turns.tale(rng, held_out=True))
     placed = [
         ((i + 0.5) / len(questions), question)
         for questions in by_kind.values()
@@ -460,18 +248,21 @@ def held_out_texts() -> list[str]:
 def grade(kind: str, reply: str, answer: str) -> bool:
     """Whether `reply` is right.
 
-    A sum is right if the last number in the reply is the answer, a yes or no if it is the first
-    word; otherwise each phrase of the answer (separated by ", ") must occur as whole words.
+    A sum is right if the last number in the reply is the answer, a yes or no if it is the last
+    word; words to repeat must come back exactly. Otherwise each phrase of the answer (separated
+    by ", ") must occur as whole words.
 
     Raises:
         ValueError: `kind` is not one of `KINDS`.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of question {kind!r}, expected one of {', '.join(KINDS)}")
+    if kind == "repeat":
+        return reply.strip() == answer
     if kind == "sum":
         return re.findall(r"-?\d+", reply)[-1:] == [answer]
     if kind == "yes_no":
-        return re.findall(r"\w+", reply)[:1] == [answer]
+        return re.findall(r"\w+", reply)[-1:] == [answer]
     return all(
         re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", reply, re.IGNORECASE)
         for phrase in answer.split(", ")

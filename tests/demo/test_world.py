@@ -53,7 +53,7 @@ def test_the_world_is_the_same_on_every_machine() -> None:
         )
     )
     # The model was trained on this world: a change here needs `python tools/train_demo.py`.
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "7bff56a129f1671b"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c505ae61d7ace657"
 
 
 def test_another_seed_gives_other_conversations() -> None:
@@ -203,9 +203,11 @@ def test_a_long_chat_keeps_system_message_question_and_answer(
         ("fact", "", "red", False),
         ("tale", "Pip was a shy fox. He met an owl.", "fox, owl", True),
         ("tale", "Pip was a shy fox. He met a bear.", "fox, owl", False),
-        ("yes_no", "No, Mia's boat is red.", "No", True),
-        ("yes_no", "Yes. No.", "No", False),
-        ("yes_no", "", "No", False),
+        ("yes_no", "Mia's boat is red, so no.", "no", True),
+        ("yes_no", "Mia's boat is red, so yes.", "no", False),
+        ("yes_no", "", "no", False),
+        ("repeat", "red 🐟 Zoë\n", "red 🐟 Zoë", True),
+        ("repeat", "red 🐟 Zoë 1", "red 🐟 Zoë", False),
         ("sum", "23 + 45 = 68.", "68", True),
         ("sum", "23 + 45 = 168.", "68", False),
         ("sum", "68 = 23 + 45.", "68", False),
@@ -222,5 +224,5 @@ def test_grade_refuses_an_unknown_kind() -> None:
         world.grade("riddle", "", "")
     assert str(error.value) == (
         "unknown kind of question 'riddle', expected one of "
-        "fact, yes_no, follow_up, reading, sum, brief, tale"
+        "fact, yes_no, follow_up, reading, lookup, repeat, sum, brief, tale"
     )
