@@ -279,10 +279,10 @@ _LOOKUPS = (
 
 
 def lookups(rng: random.Random, held_out: bool) -> list[Turn]:
-    """Questions about a list of sentences; the first has the list in front."""
+    """Three questions about a list of sentences; the first has the list in front."""
     while True:
         sentence, questions = rng.choice(_LOOKUPS)
-        count = rng.randint(3, 5)
+        count = rng.randint(3, 6)
         lists = (NAMES, ANIMALS, OBJECTS, FOODS, MOODS)
         rows = [
             {"name": name, "animal": animal, "thing": thing, "food": food, "mood": mood}
@@ -298,7 +298,7 @@ def lookups(rng: random.Random, held_out: bool) -> list[Turn]:
         if _is_held_out("lookup", text) == held_out:
             break
     turns = []
-    for i, row in enumerate(rng.sample(rows, count)):
+    for i, row in enumerate(rng.sample(rows, 3)):
         question, reply, short, key = (part.format(**row) for part in rng.choice(questions))
         question = question if i else f"{text}\n\n{question}"
         turns.append(Turn(question, reply, _sentence(short), key))

@@ -83,12 +83,12 @@ class _Trainer:
     """Draws what the model learns from; nothing held out is among it."""
 
     SHARES: ClassVar[dict[str, int]] = {  # in percent of the blocks
-        "fact": 16,
+        "fact": 18,
         "claim": 10,
-        "reading": 24,
-        "lookup": 14,
-        "repeat": 6,
-        "sum": 18,
+        "reading": 22,
+        "lookup": 10,
+        "repeat": 8,
+        "sum": 20,
         "tale": 6,
         "talk": 6,
     }
@@ -116,7 +116,7 @@ class _Trainer:
             return [rng.choice(rng.choice(self.claims))]
         if kind == "reading":
             story = next(turns.stories(rng, held_out=False))
-            asked = rng.sample(list(QUESTIONS), rng.randint(4, 8))
+            asked = rng.sample(list(QUESTIONS), rng.randint(3, 7))
             return [turns.reading(rng, story, which, tell=i == 0) for i, which in enumerate(asked)]
         if kind == "lookup":
             return turns.lookups(rng, held_out=False)
