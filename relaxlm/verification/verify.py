@@ -83,9 +83,11 @@ class Job:
 
     @property
     def activations(self) -> str:
-        """The dtype in which the library computes."""
+        """The dtype in which the library computes, or int8 where its matmuls round to that."""
         from relaxlm.compiler.pipeline import compute_dtype
 
+        if self.library.metadata.opt.endswith(";act_quant=1"):
+            return "int8"
         return compute_dtype(self.library.metadata.target.kind, self.scheme)
 
     def memory_estimate(self) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tokenizers import decoders, pre_tokenizers
 
 from relaxlm import models
 from relaxlm.compiler.gen_config import generate_config
+from relaxlm.compiler.options import CompileOptions
 from relaxlm.errors import (
     CheckpointError,
     ConfigError,
@@ -28,6 +30,7 @@ from relaxlm.errors import (
 )
 from relaxlm.quantization.convert import convert_weights
 from relaxlm.quantization.schemes import get_scheme
+from relaxlm.runtime.library import Library
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.verification.report import report
 from relaxlm.verification.results import Verification
@@ -192,6 +195,16 @@ def test_a_library_may_lie_anywhere(llama: Path, q0f32: Path, tmp_path: Path) ->
         assert [len(ids) for _, ids in job.texts] == [5, 5]
     shutil.copytree(q0f32, tmp_path, dirs_exist_ok=True)
     assert prepare(llama, library, TEXTS).weights.path == tmp_path
+
+
+def test_a_library_that_rounds_activations_is_not_held_to_float32(llama: Path, q0f32: Path) -> None:
+    job = prepare(llama, q0f32, TEXTS, device="cpu")
+    assert job.activations == "float32"
+    library = job.library
+    opt = CompileOptions.resolve(job.config, job.scheme, opt="act_quant=1").opt
+    info = library.metadata.model_copy(update={"opt": opt})
+    rounding = replace(job, library=Library(library.module, info, library.path))
+    assert rounding.activations == "int8"
 
 
 def test_weights_from_another_converter_may_be_rounded_otherwise(
