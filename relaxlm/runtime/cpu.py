@@ -5,9 +5,9 @@ So a library lists the features that its code may use, and whoever loads it comp
 `host_cpu_features()`. This must work where no compiler is installed, hence from what the operating
 system reports, not from LLVM. A feature that cannot be determined counts as missing.
 
-Only extensions that a compiler uses on its own are tracked (`X86_FEATURES`, `ARM_FEATURES`).
-Others, such as AES or AMX, need an intrinsic that relaxlm never emits, or a permission from the
-operating system. `UNUSABLE` names extensions that LLVM would use if a processor's name implied
+Only extensions that a compiler or relaxlm's kernels use are tracked (`X86_FEATURES`,
+`ARM_FEATURES`). AMX needs a permission from the operating system, too: `host_cpu_features` asks for
+it, once for the process, and lists AMX only where it was given. `UNUSABLE` names extensions that LLVM would use if a processor's name implied
 them, and for which this module knows no reliable test; the compiler turns them off.
 
 Linux clears a flag in /proc/cpuinfo when the kernel does not save that extension's registers, so
@@ -66,6 +66,9 @@ X86_FEATURES: dict[str, str] = {
     "avx512vpopcntdq": "avx512_vpopcntdq",
     "avx512bf16": "avx512_bf16",
     "avx512fp16": "avx512_fp16",
+    "amx-tile": "amx_tile",
+    "amx-int8": "amx_int8",
+    "amx-bf16": "amx_bf16",
 }
 ARM_FEATURES: dict[str, str] = {
     "neon": "asimd",
@@ -86,7 +89,7 @@ ARM_FEATURES: dict[str, str] = {
 }
 UNUSABLE: tuple[str, ...] = (
     *("avx10.1", "avx10.2", "avx512vp2intersect", "egpr", "ccmp", "ndd", "nf", "push2pop2"),
-    *("ppx", "zu", "cf", "amx-tile", "amx-int8", "amx-bf16", "amx-fp16"),
+    *("ppx", "zu", "cf", "amx-fp16"),
 )
 
 # What macOS calls them, in the output of `sysctl hw.optional machdep.cpu`.
@@ -174,7 +177,16 @@ def host_cpu_features() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    return linux_features(text, arch)
+    features = linux_features(text, arch)
+    if "amx-tile" in features and not _allow_tiles():
+        return frozenset(name for name in features if not name.startswith("amx"))
+    return features
+
+
+def _allow_tiles() -> bool:
+    """Ask Linux to save AMX's tile registers for this process's threads, old and new ones."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def missing_features(required: Iterable[str]) -> tuple[str, ...]:
