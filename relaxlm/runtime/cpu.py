@@ -7,8 +7,9 @@ system reports, not from LLVM. A feature that cannot be determined counts as mis
 
 Only extensions that a compiler or relaxlm's kernels use are tracked (`X86_FEATURES`,
 `ARM_FEATURES`). AMX needs a permission from the operating system, too: `host_cpu_features` asks for
-it, once for the process, and lists AMX only where it was given. `UNUSABLE` names extensions that LLVM would use if a processor's name implied
-them, and for which this module knows no reliable test; the compiler turns them off.
+it, once for the process, and lists AMX only where it was given. `UNUSABLE` names extensions that
+LLVM would use if a processor's name implied them, and for which this module knows no reliable test;
+the compiler turns them off.
 
 Linux clears a flag in /proc/cpuinfo when the kernel does not save that extension's registers, so
 flags are what a program may use, not only what the silicon has. The lists of all cores are

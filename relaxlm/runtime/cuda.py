@@ -4,7 +4,7 @@ TVM loads `libtvm_runtime_cuda.so` during `import tvm`, and passes over it witho
 `libcudart.so.13` or the driver's `libcuda.so.1` is not found. The CUDA runtime of the PyPI wheels
 lies where the dynamic linker does not look (`site-packages/nvidia/cu13/lib`), so `load_runtime`
 loads it by its path first and TVM's library after it: the linker then recognises both by name.
-This works before and after `import tvm`.
+This works before, after and without `import tvm`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from relaxlm.runtime import tvm_runtime
 
 CUDART = "libcudart.so.13"
 DRIVER = "libcuda.so.1"
@@ -143,6 +145,5 @@ def load_tvm_library() -> None:
     Raises:
         OSError: it is not there, or a library that it needs is not.
     """
-    import tvm  # loads libtvm_runtime.so, which the library needs
-
-    ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"))
+    tvm_runtime.load()
+    ctypes.CDLL(str(tvm_runtime.library_folder() / "libtvm_runtime_cuda.so"))

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from relaxlm.errors import ContextOverflowError, RequestError
+from relaxlm.runtime import tvm_runtime
 from relaxlm.runtime.library import Library, needs_gpu
-from relaxlm.runtime.params import WeightFolder, to_tvm
+from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.sequence_table import BatchTables
 from relaxlm.runtime.threads import set_default_threads
 
@@ -53,7 +54,7 @@ class Executor:
         self = cls.__new__(cls)
         self._prepare(library, pages)
         arrays = (params[param.name] for param in library.metadata.params)
-        self._set_params([to_tvm(_aligned_copy(array)) for array in arrays])
+        self._set_params([tvm_runtime.share(_aligned_copy(array)) for array in arrays])
         return self
 
     def _prepare(self, library: Library, pages: int) -> None:
@@ -61,9 +62,7 @@ class Executor:
         self.library, self.metadata, self.pages = library, library.metadata, pages
         self.device = _device(library)
         self.on_gpu = self.metadata.target.kind != "cpu"
-        from tvm.runtime.vm import VirtualMachine
-
-        machine = VirtualMachine(library.module, self.device)
+        machine = tvm_runtime.machine(library.module, self.device)
         self._forward, self._copy = machine["forward"], machine["copy_pages"]
         self._hidden, self._embed = machine["hidden_states"], machine["embed"]
         self.limits, self.vocab_size = self.metadata.limits, self.metadata.vocab_size
@@ -75,8 +74,9 @@ class Executor:
         )
 
     def _set_params(self, tensors: Sequence[Any]) -> None:
-        moved = [tensor.copyto(self.device) for tensor in tensors] if self.on_gpu else tensors
-        self._params = _array(moved)
+        if self.on_gpu:
+            tensors = [tvm_runtime.copied_to(tensor, self.device) for tensor in tensors]
+        self._params = _array(tensors)
 
     def memory(self) -> Memory:
         """Bytes used on the device."""
@@ -110,19 +110,20 @@ class Executor:
         assert 0 <= logit_positions.min() and logit_positions.max() < len(input_ids)
         arrays = (input_ids, *tables, logit_positions)
         logits = self._forward(*(self._tensor(array) for array in arrays), self._kv, self._params)
-        return logits.numpy()
+        return tvm_runtime.download(logits)
 
     def hidden_states(self, tables: BatchTables, input_ids: np.ndarray) -> list[np.ndarray]:
         """The residual stream [n, hidden] float32 before the first layer and after each."""
         self._check(input_ids, len(tables.kv_lengths), 0)
         arrays = (input_ids, *tables)
         states = self._hidden(*(self._tensor(array) for array in arrays), self._kv, self._params)
-        return [state.numpy() for state in states]
+        return [tvm_runtime.download(state) for state in states]
 
     def embed(self, input_ids: np.ndarray) -> np.ndarray:
         """Token ids [n] int32 to the vectors that the first layer reads, [n, hidden] float32."""
         self._check(input_ids, 1, 0)
-        return self._embed(self._tensor(input_ids), self._params).numpy().astype(np.float32)
+        rows = self._embed(self._tensor(input_ids), self._params)
+        return tvm_runtime.download(rows).astype(np.float32)
 
     def copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy whole pages in every layer, before the step that writes to the copies.
@@ -153,26 +154,18 @@ class Executor:
             )
 
     def _tensor(self, array: np.ndarray) -> Any:
-        from tvm.runtime import tensor
-
-        return tensor(np.ascontiguousarray(array, np.int32), self.device)
+        return tvm_runtime.upload(np.ascontiguousarray(array, np.int32), self.device)
 
     def _empty_pages(self, page_shape: tuple[int, ...], dtype: str) -> Any:
         """[pages, *page_shape] of zeros; on a CPU, memory is taken only as pages are written."""
-        import tvm
-
         shape = (self.pages, *page_shape)
         stored = _NUMPY_BITS.get(dtype, dtype)
         size = int(np.prod(shape)) * np.dtype(stored).itemsize
         zeros = np.frombuffer(mmap.mmap(-1, max(size, 1)), stored, int(np.prod(shape)))
-        host = to_tvm(zeros.reshape(shape))
+        host = tvm_runtime.share(zeros.reshape(shape))
         if stored != dtype:
-            host = host._create_view(shape, dtype)
-        if not self.on_gpu:
-            return host
-        tensor = tvm.runtime.empty(shape, dtype, self.device)
-        tensor.copyfrom(host)
-        return tensor
+            host = tvm_runtime.view(host, shape, dtype)
+        return tvm_runtime.copied_to(host, self.device) if self.on_gpu else host
 
 
 _NUMPY_BITS = {"bfloat16": "uint16"}
@@ -194,13 +187,12 @@ def _aligned_copy(array: np.ndarray) -> np.ndarray:
 
 
 def _device(library: Library) -> Any:
-    import tvm
-
     kind = library.metadata.target.kind
+    device = tvm_runtime.device(kind)
     if kind == "cpu":
-        return tvm.cpu()
+        return device
     from relaxlm.runtime import cuda
 
-    if not cuda.load_runtime() or not tvm.cuda(0).exist:
+    if not cuda.load_runtime() or not tvm_runtime.exists(device):
         raise needs_gpu(library.path)
-    return tvm.cuda(0)
+    return device

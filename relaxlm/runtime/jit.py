@@ -1,8 +1,9 @@
 """Compile a model's library on first use and keep it in the user's cache.
 
-The only part of the runtime that knows the compiler, and it imports it only to compile. A cached
-library is found by a digest of all that decides its content: configuration, scheme, target,
-options, the pinned TVM and relaxlm's own code.
+The only part of the runtime that knows the compiler, and it imports it only for a folder that it
+has not seen. A cached library is named by a digest of all that decides its content: configuration,
+scheme, target, options, the pinned TVM and relaxlm's own code. To work that out takes the models
+and TVM, a second; so the names are kept, too, under a digest of the files and arguments as given.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from tempfile import TemporaryFile
 
 import relaxlm
 from relaxlm.errors import CompileError, LibraryError
+from relaxlm.files import write_atomically
 from relaxlm.runtime.library import Library
 from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
 
@@ -49,17 +51,40 @@ def library_for(
         CompileError: nothing can be written to the cache's folder.
     """
     check_versions()
+    libraries, seen = cache_folder() / "libraries", _seen(folder, device, overrides)
+    if seen is not None and seen.is_file():
+        with suppress(LibraryError):
+            return Library.load(libraries / seen.read_text("utf-8"))
     from relaxlm.compiler.request import CompileRequest
 
     request = CompileRequest.read(folder, device=device, overrides=overrides)
-    libraries = cache_folder() / "libraries"
     path = libraries / f"{_digest(request.identity())}{request.device.suffix}"
+    library = None
     if path.is_file():
         with suppress(LibraryError):
-            return Library.load(path)
-    _check_writable(libraries)
-    request.compile(progress=progress).save(path)
-    return Library.load(path)
+            library = Library.load(path)
+    if library is None:
+        _check_writable(libraries)
+        request.compile(progress=progress).save(path)
+        library = Library.load(path)
+    if seen is not None:
+        with suppress(OSError):  # the cache is full or cannot be written: slower next time
+            seen.parent.mkdir(exist_ok=True)
+            write_atomically(seen, path.name.encode())
+    return library
+
+
+def _seen(folder: Path, device: str, overrides: str | None) -> Path | None:
+    """Where the name of a folder's library is kept; None if the folder has no configuration."""
+    from relaxlm.compiler.target import resolve_device  # does not import TVM
+
+    files = [Path(folder) / name for name in ("mlc-chat-config.json", "config.json")]
+    texts = [file.read_bytes().hex() for file in files if file.is_file()]
+    if not texts:
+        return None
+    target = resolve_device(device).describe()
+    identity = {"files": texts, "target": target, "overrides": overrides}
+    return cache_folder() / "seen" / _digest(identity)
 
 
 def _check_writable(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from relaxlm.errors import ConfigError, LibraryError
 from relaxlm.files import refuse_lfs_pointer
-from relaxlm.runtime import cpu
+from relaxlm.runtime import cpu, tvm_runtime
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.metadata import CONTRACT, LibraryMetadata
 from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
@@ -56,13 +56,10 @@ class Library:
         check_versions()
         path = Path(path)
         _check_file(path)
-        import tvm
-        from tvm.runtime.vm import VirtualMachine
-
         module = _load_module(path)
         try:
             # The VM's byte code returns the text; no machine code of the model runs for it.
-            text = str(VirtualMachine(module, tvm.cpu())["_metadata"]())
+            text = str(tvm_runtime.machine(module, tvm_runtime.device("cpu"))["_metadata"]())
         except Exception as error:
             raise _not_ours(path, error) from None
         metadata = _read_metadata(text, path)
@@ -145,10 +142,8 @@ def check_settings(library: Library, settings: Mapping[str, int | str]) -> None:
 
 
 def _load_module(path: Path) -> Any:
-    from tvm.runtime import load_module
-
     try:
-        return load_module(str(path))
+        return tvm_runtime.load_module(path)
     except Exception as error:
         # What TVM calls the loader of GPU code, which is there when CUDA's runtime is.
         if "load_from_bytes.cuda" not in str(error):
@@ -157,7 +152,7 @@ def _load_module(path: Path) -> Any:
 
     if not cuda.load_runtime():
         raise needs_gpu(path)
-    return load_module(str(path))
+    return tvm_runtime.load_module(path)
 
 
 def _not_ours(path: Path, error: Exception) -> LibraryError:

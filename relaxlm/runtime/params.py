@@ -18,9 +18,10 @@ import numpy as np
 
 from relaxlm.errors import WeightsError
 from relaxlm.files import read_json_object, refuse_lfs_pointer
+from relaxlm.runtime import tvm_runtime
+from relaxlm.runtime.tvm_runtime import ALIGNMENT
 
 INDEX_NAMES = ("tensor-cache.json", "ndarray-cache.json")  # in reading order
-ALIGNMENT = 64  # what TVM asks of a tensor's address
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _DTYPES: dict[str, np.dtype] = {
@@ -123,8 +124,8 @@ class WeightFolder:
         return stored.view(_DTYPES[record.dtype]).reshape(record.shape)
 
     def load_tvm(self, name: str) -> Any:
-        """One tensor as a `tvm.runtime.Tensor` on the CPU that shares the memory of `load`."""
-        return to_tvm(self.load(name))
+        """One tensor as TVM's runtime takes it, on the CPU, that shares the memory of `load`."""
+        return tvm_runtime.share(self.load(name))
 
     def check(self, expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
         """Compare names, shapes and dtypes with those that a model library asks for.
@@ -265,21 +266,6 @@ class WeightFolder:
             else:
                 self._mapped[shard] = np.asarray(np.memmap(file, np.uint8, mode="c"))
         return self._mapped[shard]
-
-
-def to_tvm(array: np.ndarray) -> Any:
-    """A `tvm.runtime.Tensor` on the CPU that shares an array's memory.
-
-    Args:
-        array: contiguous and at an address divisible by 64, as `WeightFolder.load` returns it.
-            bfloat16 and float8 are passed under TVM's names for them.
-    """
-    from tvm.runtime import from_dlpack
-
-    if array.dtype.kind in "iuf" and array.dtype.name in np.sctypeDict:
-        return from_dlpack(array)
-    bits = array.view(f"u{array.dtype.itemsize}")  # DLPack from NumPy knows only NumPy's own dtypes
-    return from_dlpack(bits)._create_view(array.shape, array.dtype.name)
 
 
 def _find_index(folder: Path) -> Path:

@@ -58,6 +58,20 @@ def test_a_library_is_compiled_once(tiny, cache, saved):
     assert list(cache.iterdir()) == [first.path]
 
 
+def test_a_folder_seen_before_is_loaded_without_the_compiler(tiny, cache):
+    library_for(tiny.folder)
+    code = f"""
+        import sys
+        from pathlib import Path
+        from relaxlm.runtime.jit import library_for
+        library_for(Path({str(tiny.folder)!r}))
+        loaded = {{"tvm", "relaxlm.models", "relaxlm.quantization"}} & set(sys.modules)
+        sys.exit(f"imported {{loaded}}" if loaded else 0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_everything_that_decides_its_content_makes_another_library(
     tiny, cache, saved, monkeypatch, tmp_path
 ):

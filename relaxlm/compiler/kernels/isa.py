@@ -1,4 +1,4 @@
-"""Which dot-product instructions a CPU target has: what decides the kernels of rounded activations."""
+"""Which dot products a CPU target has: what decides the kernels of rounded activations."""
 
 from typing import Literal
 

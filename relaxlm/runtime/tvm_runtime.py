@@ -1,0 +1,157 @@
+"""TVM's runtime, called without its compiler.
+
+`import tvm` loads the compiler as well: a library of 260 MB and a second of start-up that running
+a compiled model has no use for. What it needs is in `libtvm_runtime` (3 MB), reached through
+`tvm_ffi`. Both ways work side by side in one process, in any order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8_e4m3fn
+import numpy as np
+
+from relaxlm.errors import LibraryError
+
+# What the kernels that TVM compiles expect of every tensor's address, in bytes.
+ALIGNMENT = 64
+# relax::VMAllocType of TVM: freed buffers are kept for the next step.
+_POOLED = 2
+
+
+def library_folder() -> Path:
+    """Where the installed TVM keeps its shared libraries.
+
+    Raises:
+        LibraryError: TVM is not installed.
+    """
+    spec = importlib.util.find_spec("tvm")
+    if spec is None or not spec.submodule_search_locations:
+        raise LibraryError("apache-tvm is not installed: run `pip install relaxlm` again")
+    return Path(spec.submodule_search_locations[0]) / "lib"
+
+
+@functools.cache
+def load() -> None:
+    """Make the runtime's functions available; does nothing where `import tvm` did."""
+    import tvm_ffi
+    from tvm_ffi.libinfo import load_lib_ctypes
+
+    if tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope", allow_missing=True) is None:
+        load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[library_folder()])
+
+
+def load_module(path: Path | str) -> Any:
+    """The `tvm_ffi.Module` of a compiled library's file."""
+    import tvm_ffi
+
+    load()
+    return tvm_ffi.load_module(str(path))
+
+
+def device(kind: str) -> Any:
+    """The first device of a kind, "cpu" or "cuda"; it may not be there."""
+    import tvm_ffi
+
+    load()
+    return tvm_ffi.device(kind, 0)
+
+
+def exists(device: Any) -> bool:
+    """Whether a device is there and its runtime is loaded."""
+    return bool(_function("GetDeviceAttr")(device.dlpack_device_type(), device.index, 0))
+
+
+def machine(module: Any, device: Any) -> Any:
+    """The virtual machine of a compiled library: its functions by name, `machine["forward"]`."""
+    vm = module["vm_load_executable"]()
+    cpu = _cpu()
+    devices = [device] if device == cpu else [device, cpu]  # shapes are computed on the CPU
+    setup = [value for d in devices for value in (d.dlpack_device_type(), d.index, _POOLED)]
+    vm["vm_initialization"](*setup)
+    return vm
+
+
+def share(array: np.ndarray) -> Any:
+    """A tensor on the CPU that shares an array's memory.
+
+    Args:
+        array: contiguous and at an address divisible by 64, as `WeightFolder.load` returns it.
+            bfloat16 and float8 are passed under TVM's names for them.
+    """
+    import tvm_ffi
+
+    load()
+
+    def wrap(plain: np.ndarray) -> Any:
+        return tvm_ffi.from_dlpack(plain, require_alignment=ALIGNMENT, require_contiguous=True)
+
+    # DLPack from NumPy knows only NumPy's own dtypes.
+    if array.dtype.kind in "iuf" and array.dtype.name in np.sctypeDict:
+        return wrap(array)
+    return view(wrap(array.view(f"u{array.dtype.itemsize}")), array.shape, array.dtype.name)
+
+
+def view(tensor: Any, shape: Sequence[int], dtype: str) -> Any:
+    """The same memory under another shape or dtype."""
+    import tvm_ffi
+
+    return _function("TVMTensorCreateView")(tensor, tvm_ffi.Shape(shape), tvm_ffi.dtype(dtype), 0)
+
+
+def empty(shape: Sequence[int], dtype: str, device: Any) -> Any:
+    """A tensor whose values are not set."""
+    import tvm_ffi
+
+    load()
+    allocate = _function("TVMTensorAllocWithScope")
+    return allocate(tvm_ffi.Shape(shape), tvm_ffi.dtype(dtype), device, None)
+
+
+def upload(array: np.ndarray, device: Any) -> Any:
+    """A copy of a contiguous array of NumPy's own dtypes on a device."""
+    tensor = empty(array.shape, array.dtype.name, device)
+    if array.nbytes:
+        copy = _function("TVMTensorCopyFromBytes")
+        copy(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
+    return tensor
+
+
+def copy(source: Any, target: Any) -> None:
+    """Copy a tensor's values into another one, possibly on another device."""
+    _function("TVMTensorCopyFromTo")(source, target)
+
+
+def copied_to(tensor: Any, device: Any) -> Any:
+    """A copy of a tensor on a device."""
+    target = empty(tensor.shape, str(tensor.dtype), device)
+    copy(tensor, target)
+    return target
+
+
+def download(tensor: Any) -> np.ndarray:
+    """A copy of a tensor's values."""
+    array = np.empty(tuple(tensor.shape), str(tensor.dtype))
+    if array.nbytes:
+        copy = _function("TVMTensorCopyToBytes")
+        copy(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
+    return array
+
+
+@functools.cache
+def _cpu() -> Any:
+    return device("cpu")
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    import tvm_ffi
+
+    load()
+    return tvm_ffi.get_global_func(f"runtime.{name}")
