@@ -16,6 +16,7 @@ from relaxlm.compiler.passes.lower_paged_attention import (
     LowerPagedAttention,
     cache_shape,
 )
+from relaxlm.compiler.passes.take_rows_early import TakeRowsEarly
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.weights import ParameterSpec
 from relaxlm.quantization.kv_cache import KVFormat
@@ -57,6 +58,8 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
     dtype = compute_dtype(lowering.kind, lowering.scheme)
     kernels = ATTENTION[lowering.kind]
     return [
+        # Nothing is computed that nobody reads.
+        TakeRowsEarly(),
         # Float model -> stored weights, one cache format.
         QuantizeParameters(lowering.specs, lowering.scheme, dtype),
         LowerPagedAttention(lowering.config, lowering.kv_format, kernels),
