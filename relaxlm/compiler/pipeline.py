@@ -16,6 +16,7 @@ from relaxlm.compiler.passes.lower_paged_attention import (
     LowerPagedAttention,
     cache_shape,
 )
+from relaxlm.compiler.passes.share_tensors import ShareTensors
 from relaxlm.compiler.passes.take_rows_early import TakeRowsEarly
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.weights import ParameterSpec
@@ -106,13 +107,20 @@ def memory_passes() -> list[tvm.transform.Pass]:
         relax.transform.CallTIRRewrite(),
         relax.transform.StaticPlanBlockMemory(),
         relax.transform.LowerAllocTensor(),
+        ShareTensors(),
+        # Other names for a tensor, and tuples made to be taken apart, would be instructions.
+        relax.transform.CanonicalizeBindings(),
+        relax.transform.DeadCodeElimination(),
     ]
 
 
 def instruction_passes() -> list[tvm.transform.Pass]:
-    """From Relax with explicit memory to instructions of the VM."""
+    """From Relax with explicit memory to instructions of the VM.
+
+    Without KillAfterLastUse: what the planner allocates lives as long as the step anyway, and to
+    forget each tensor would cost the VM an instruction.
+    """
     return [
-        relax.transform.KillAfterLastUse(),
         relax.transform.LowerRuntimeBuiltin(),
         relax.transform.ComputePrimValue(),
         relax.transform.VMShapeLower(),

@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +67,7 @@ class Executor:
         self._forward, self._copy = machine["forward"], machine["copy_pages"]
         self._hidden, self._embed = machine["hidden_states"], machine["embed"]
         self.limits, self.vocab_size = self.metadata.limits, self.metadata.vocab_size
+        self._staging = _aligned_empty(0)
         self._kv = _array(
             [
                 self._empty_pages(tensor.shape, tensor.dtype)
@@ -108,21 +110,20 @@ class Executor:
         # Kernels read where they are told to.
         assert len(input_ids) == tables.row_offsets[-1] == len(tables.slots)
         assert 0 <= logit_positions.min() and logit_positions.max() < len(input_ids)
-        arrays = (input_ids, *tables, logit_positions)
-        logits = self._forward(*(self._tensor(array) for array in arrays), self._kv, self._params)
+        inputs = self._inputs((input_ids, *tables, logit_positions))
+        logits = self._forward(*inputs, self._kv, self._params)
         return tvm_runtime.download(logits)
 
     def hidden_states(self, tables: BatchTables, input_ids: np.ndarray) -> list[np.ndarray]:
         """The residual stream [n, hidden] float32 before the first layer and after each."""
         self._check(input_ids, len(tables.kv_lengths), 0)
-        arrays = (input_ids, *tables)
-        states = self._hidden(*(self._tensor(array) for array in arrays), self._kv, self._params)
+        states = self._hidden(*self._inputs((input_ids, *tables)), self._kv, self._params)
         return [tvm_runtime.download(state) for state in states]
 
     def embed(self, input_ids: np.ndarray) -> np.ndarray:
         """Token ids [n] int32 to the vectors that the first layer reads, [n, hidden] float32."""
         self._check(input_ids, 1, 0)
-        rows = self._embed(self._tensor(input_ids), self._params)
+        rows = self._embed(*self._inputs((input_ids,)), self._params)
         return tvm_runtime.download(rows).astype(np.float32)
 
     def copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
@@ -132,7 +133,7 @@ class Executor:
             sources, targets: [k] int32 page numbers; no page is in both.
         """
         if len(sources):
-            self._copy(self._kv, self._tensor(sources), self._tensor(targets))
+            self._copy(self._kv, *self._inputs((sources, targets)))
 
     def _check(self, input_ids: np.ndarray, sequences: int, rows: int) -> None:
         limits = self.limits
@@ -153,8 +154,24 @@ class Executor:
                 f"token id {wrong} is outside the model's vocabulary of {self.vocab_size}"
             )
 
-    def _tensor(self, array: np.ndarray) -> Any:
-        return tvm_runtime.upload(np.ascontiguousarray(array, np.int32), self.device)
+    def _inputs(self, arrays: Sequence[np.ndarray]) -> list[Any]:
+        """A step's integers as int32 tensors, which the next call of this function overwrites.
+
+        On a CPU they share one buffer: to make nine tensors anew costs more than a small step.
+        """
+        if self.on_gpu:
+            return [
+                tvm_runtime.upload(np.ascontiguousarray(array, np.int32), self.device)
+                for array in arrays
+            ]
+        line = tvm_runtime.ALIGNMENT // 4
+        offsets = list(accumulate((-(-len(array) // line) * line for array in arrays), initial=0))
+        if offsets[-1] > len(self._staging):
+            self._staging = _aligned_empty(2 * offsets[-1])
+        views = [self._staging[at : at + len(a)] for a, at in zip(arrays, offsets, strict=False)]
+        for view, array in zip(views, arrays, strict=True):
+            view[:] = array
+        return [tvm_runtime.share(view) for view in views]
 
     def _empty_pages(self, page_shape: tuple[int, ...], dtype: str) -> Any:
         """[pages, *page_shape] of zeros; on a CPU, memory is taken only as pages are written."""
@@ -176,6 +193,13 @@ def _array(tensors: Sequence[Any]) -> Any:
     import tvm_ffi
 
     return tvm_ffi.Array(list(tensors))
+
+
+def _aligned_empty(count: int) -> np.ndarray:
+    """[count] int32 at an address that tensors may have."""
+    buffer = np.empty(count + tvm_runtime.ALIGNMENT // 4, np.int32)
+    start = -buffer.ctypes.data % tvm_runtime.ALIGNMENT // 4
+    return buffer[start : start + count]
 
 
 def _aligned_copy(array: np.ndarray) -> np.ndarray:

@@ -23,6 +23,8 @@ from relaxlm.errors import LibraryError
 ALIGNMENT = 64
 # relax::VMAllocType of TVM: freed buffers are kept for the next step.
 _POOLED = 2
+# Kinds of dtypes that NumPy passes through DLPack: its own, not those of ml_dtypes.
+_EXCHANGED = "iuf"
 
 
 def library_folder() -> Path:
@@ -92,8 +94,7 @@ def share(array: np.ndarray) -> Any:
     def wrap(plain: np.ndarray) -> Any:
         return tvm_ffi.from_dlpack(plain, require_alignment=ALIGNMENT, require_contiguous=True)
 
-    # DLPack from NumPy knows only NumPy's own dtypes.
-    if array.dtype.kind in "iuf" and array.dtype.name in np.sctypeDict:
+    if array.dtype.kind in _EXCHANGED:
         return wrap(array)
     return view(wrap(array.view(f"u{array.dtype.itemsize}")), array.shape, array.dtype.name)
 
@@ -136,7 +137,9 @@ def copied_to(tensor: Any, device: Any) -> Any:
 
 
 def download(tensor: Any) -> np.ndarray:
-    """A copy of a tensor's values."""
+    """A tensor's values; on the CPU in the tensor's own memory, which lives as long as they do."""
+    if tensor.device == _cpu() and np.dtype(str(tensor.dtype)).kind in _EXCHANGED:
+        return np.from_dlpack(tensor)
     array = np.empty(tuple(tensor.shape), str(tensor.dtype))
     if array.nbytes:
         copy = _function("TVMTensorCopyToBytes")

@@ -1,12 +1,14 @@
 """What the attention kernels of every target agree on."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from relaxlm.compiler.kernels.vector import as_relax_kernel
+from relaxlm.compiler.kernels.builder import emit, length, tensor
 
 # Tokens per page: one AVX-512 register, or two to four smaller ones, hold a feature of a page.
 PAGE_SIZE = 16
@@ -38,41 +40,40 @@ class PageTensor:
     dtype: str
 
 
-@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
+@functools.cache
 def copy_kernel(page_shape: tuple[int, ...], dtype: str, kind: str) -> tirx.PrimFunc:
     """(pages [P, *page_shape], sources [k], targets [k]): pages[targets] = pages[sources].
 
     In place; no page is both a source and a target. One task, or block of threads, per page.
     """
-    # Scales have one axis less than keys and values.
-    a, b, c = page_shape if len(page_shape) == 3 else (1, *page_shape)
-    flat = len(page_shape) == 2
-    size, threads = a * b * c, 256
+    size, threads = math.prod(page_shape), 256
 
-    def at(page, i):
-        place = (page, i // (b * c), i // c % b, i % c)
-        return (place[0], *place[2:]) if flat else place
+    def place(page: Expr, i: Expr) -> list[Expr]:
+        inner = []
+        for extent in reversed(page_shape):
+            inner.append(i % extent)
+            i = i // extent
+        return [page, *reversed(inner)]
 
-    @T.macro
-    def copy_one(pages, source, target, i):
-        pages[at(target, i)] = pages[at(source, i)]
+    def body() -> None:
+        total, count = length("total"), length("count")
+        pages = tensor("pages", (total, *page_shape), dtype)
+        sources = tensor("sources", (count,), "int32")
+        targets = tensor("targets", (count,), "int32")
 
-    @T.prim_func(s_tir=True, check_well_formed=False)
-    def copy(pages_h: T.handle, sources_h: T.handle, targets_h: T.handle):
-        T.func_attr({"tirx.noalias": True})
-        total, count = T.int64(), T.int64()
-        pages = T.match_buffer(pages_h, (total, *page_shape), dtype)
-        sources = T.match_buffer(sources_h, (count,), "int32")
-        targets = T.match_buffer(targets_h, (count,), "int32")
+        def copy_one(k: Expr, i: Expr) -> None:
+            source, target = (T.cast(ids[k], "int64") for ids in (sources, targets))
+            T.buffer_store(pages, pages[tuple(place(source, i))], place(target, i))
+
         if kind == "cpu":
-            for k in T.parallel(count):
-                for i in T.serial(size):
-                    copy_one(pages, sources[k], targets[k], i)
-        else:
-            for k in T.thread_binding(count, "blockIdx.x"):
-                for t in T.thread_binding(threads, "threadIdx.x"):
-                    for step in T.serial((size + threads - 1) // threads):
-                        if step * threads + t < size:
-                            copy_one(pages, sources[k], targets[k], step * threads + t)
+            with T.parallel(count) as k, T.serial(size) as i:
+                copy_one(k, i)
+            return
+        with (
+            T.thread_binding(count, "blockIdx.x") as k,
+            T.thread_binding(threads, "threadIdx.x") as t,
+        ):
+            with T.serial(-(-size // threads)) as step, T.If(step * threads + t < size), T.Then():
+                copy_one(k, step * threads + t)
 
-    return as_relax_kernel(copy)
+    return emit(body)
