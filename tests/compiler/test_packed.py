@@ -42,13 +42,23 @@ def check(packed: np.ndarray, x: np.ndarray, isa: Isa) -> None:
     # [m, block, group, half, word, byte]
     expected = codes.reshape(m, row.blocks, 4, 16, 2).swapaxes(3, 4)
     expected = expected.reshape(m, row.blocks, 4, 2, 4, 4)
+    sums = codes.sum(-1)
+    if weaves(isa) and m == 1:
+        blocks = packed[0, : row.blocks * 64].reshape(row.blocks, 64)
+        bytes_ = np.ascontiguousarray(blocks[:, :32]).view(np.int8).reshape(row.blocks, 2, 4, 4, 4)
+        np.testing.assert_array_equal(bytes_, expected[0].swapaxes(1, 2))
+        of_lanes = np.ascontiguousarray(blocks[:, 32:48]).view(np.float32)
+        np.testing.assert_array_equal(of_lanes.ravel(), np.repeat(scales, 4))
+        starts = blocks[:, 48:].reshape(-1, 4)
+        np.testing.assert_array_equal(starts[:, 0], -7 * sums[0])
+        assert not starts[:, 1:].any()
+        return
     if weaves(isa) and m <= FEW:
         expected = expected.transpose(0, 1, 3, 4, 2, 5)
     bytes_ = np.ascontiguousarray(packed[:, : row.scales]).view(np.int8)
     np.testing.assert_array_equal(bytes_, expected.reshape(m, -1))
     of_groups = np.ascontiguousarray(packed[:, row.scales : row.sums]).view(np.float32)
     np.testing.assert_array_equal(of_groups, scales)
-    sums = codes.sum(-1)
     np.testing.assert_array_equal(packed[:, row.sums : row.starts], sums)
     np.testing.assert_array_equal(packed[:, row.starts :][:, : row.blocks * 4], -7 * sums)
 

@@ -3,22 +3,24 @@
     scale[g] = max |x[k in group g]| / 127           code[k] = round(x[k] / scale[g]), ties to even
     sum[g]   = the sum of the group's codes          elements from K on count as 0
 
-A row of x [m, K] becomes a row of `packed [m, row_words(K)] int32`:
+A row of x [m, K] becomes a row of `packed [m, row_words(K)] int32`. Groups come in blocks of four,
+the last of which may be partly empty. The codes of a group are 8 words: in half 0 those of its even
+elements, in half 1 of its odd ones, words j = 0..3 each, as nibbles of a 4-bit group meet them.
+How things lie in a row depends on the number of rows, and on the CPU:
 
-    at 0       codes, four to a word; 32 words for 128 elements
-    at scales  scale, the bits of a float32 per group
-    at sums    sum, one int32 per group
-    at starts  -7 * sum, what a dot product with 4-bit codes starts from, whose zero is 7
+    single   for one row; a block is 64 words at block * 64:
+                 32 codes [half, group, j]
+                 16 scale [group, 4 times]
+                 16 start [group, 4], of which the last three are 0
+    woven    for 2 to `FEW` rows
+                 at 0        codes, block by block, [half, j, group]
+                 at scales   scale, one word per group
+                 at sums     sum, one word per group
+                 at starts   start, one word per group
+    linear   for more rows, and for any number on other CPUs: the same, but codes [group, half, j]
 
-Groups come in blocks of four, the last of which may be partly empty. The codes of a group are 8
-words: in half 0 those of its even elements, in half 1 of its odd ones, words j = 0..3 each, just as
-nibbles of a 4-bit group meet them. Within a block of four groups the words lie
-
-    linear    [group, half, j]    a group is one run of 32 bytes
-    woven     [half, j, group]    the words that meet words j of four groups are one vector
-
-`woven` is for at most `FEW` rows on CPUs with AVX-512 VNNI (`cpu_few_rows`), `linear` for all else.
-The number of rows and the CPU are the same for who writes a row and who reads it.
+A scale is the bits of a float32. `start` is -7 * sum: what a dot product with 4-bit codes starts
+from, whose zero is 7.
 """
 
 from collections.abc import Callable
@@ -30,7 +32,7 @@ from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
 from relaxlm.compiler.kernels.isa import Isa
-from relaxlm.compiler.kernels.vector import splat, vector
+from relaxlm.compiler.kernels.vector import splat, spread, vector
 
 GROUP = 32
 GROUP_WORDS = GROUP // 4
@@ -38,6 +40,8 @@ GROUP_WORDS = GROUP // 4
 BLOCK_GROUPS = 4
 BLOCK = BLOCK_GROUPS * GROUP
 BLOCK_WORDS = BLOCK // 4
+# Words of a block in the order `single`, the longest.
+SINGLE_WORDS = 64
 # The most rows of x for which kernels are made to read weights at the speed of memory.
 FEW = 16
 # What the dot product with a 4-bit code has too much, per unit of x: the code of zero.
@@ -82,9 +86,8 @@ class PackedRow:
     @property
     def words(self) -> int:
         """Of a row: full cache lines, and not a multiple of what makes rows share cache sets."""
-        used = self.starts + self.blocks * BLOCK_GROUPS
-        lines = -(-used // LINE_WORDS)
-        return (lines + (lines * LINE_WORDS % PAGE_WORDS == 0)) * LINE_WORDS
+        words = self.blocks * SINGLE_WORDS
+        return words + (LINE_WORDS if words % PAGE_WORDS == 0 else 0)
 
 
 def row_words(k: int) -> int:
@@ -93,7 +96,7 @@ def row_words(k: int) -> int:
 
 
 def weaves(isa: Isa) -> bool:
-    """Whether kernels for few rows on such CPUs want the order `woven`."""
+    """Whether kernels for few rows on such CPUs want the orders `single` and `woven`."""
     return isa in ("amx", "avx512")
 
 
@@ -191,15 +194,18 @@ def _pack_block(
     def store(at: Expr | int, lanes: int, new: Expr) -> None:
         T.buffer_store(packed, new, [row, T.ramp(at, 1, lanes)])
 
-    def store_words(lanes_of: Callable[[int], list[int]]) -> None:
-        """Store two vectors; `lanes_of` says which of the 32 words go into each."""
+    def store_words(at: Expr | int, lanes_of: Callable[[int], list[int]]) -> None:
+        """Store two vectors of codes; `lanes_of` says which of the 32 words go into each."""
         both = [part.vload([0], "int32x16") for part in words]
         for i in range(2):
             new = T.Shuffle(both, [tirx.const(lane, "int32") for lane in lanes_of(i)])
-            store(block * BLOCK_WORDS + i * LANES, LANES, new)
+            store(at + i * LANES, LANES, new)
 
     def woven(half: int) -> list[int]:
         return [half * LANES + g * 4 + j for j in range(4) for g in range(BLOCK_GROUPS)]
+
+    def single(half: int) -> list[int]:
+        return list(range(half * LANES, (half + 1) * LANES))
 
     def linear(pair: int) -> list[int]:
         return [
@@ -209,20 +215,34 @@ def _pack_block(
             for j in range(4)
         ]
 
-    if weaves(isa):
-        with T.If(m <= FEW):
-            with T.Then():
-                store_words(woven)
-            with T.Else():
-                store_words(linear)
-    else:
-        store_words(linear)
-    scales = largest * splat(1 / 127, BLOCK_GROUPS)
-    store(place.scales + block * BLOCK_GROUPS, BLOCK_GROUPS, T.reinterpret("int32x4", scales))
+    def store_groups() -> None:
+        """Store one word for each group, of each kind."""
+        for at, new in ((place.scales, scales), (place.sums, four_sums), (place.starts, starts)):
+            store(at + block * BLOCK_GROUPS, BLOCK_GROUPS, new)
+
+    scales = T.reinterpret("int32x4", largest * splat(1 / 127, BLOCK_GROUPS))
     four_sums = sums.vload([0], "int32x4")
-    store(place.sums + block * BLOCK_GROUPS, BLOCK_GROUPS, four_sums)
-    zero = T.broadcast(T.int32(-ZERO_OF_4_BITS), BLOCK_GROUPS)
-    store(place.starts + block * BLOCK_GROUPS, BLOCK_GROUPS, four_sums * zero)
+    starts = four_sums * T.broadcast(T.int32(-ZERO_OF_4_BITS), BLOCK_GROUPS)
+    if not weaves(isa):
+        store_words(block * BLOCK_WORDS, linear)
+        store_groups()
+        return
+    with T.If(m == 1):
+        with T.Then():
+            store_words(block * SINGLE_WORDS, single)
+            store(block * SINGLE_WORDS + BLOCK_WORDS, LANES, spread(scales, BLOCK_GROUPS, 4))
+            # Lane 4 is the first of three vectors of zeros.
+            lanes = [i // 4 if i % 4 == 0 else BLOCK_GROUPS for i in range(LANES)]
+            zeros = T.broadcast(T.int32(0), BLOCK_GROUPS)
+            begun = T.Shuffle([starts] + [zeros] * 3, [tirx.const(lane, "int32") for lane in lanes])
+            store(block * SINGLE_WORDS + BLOCK_WORDS + LANES, LANES, begun)
+        with T.Else():
+            with T.If(m <= FEW):
+                with T.Then():
+                    store_words(block * BLOCK_WORDS, woven)
+                with T.Else():
+                    store_words(block * BLOCK_WORDS, linear)
+            store_groups()
 
 
 def _put(buffer: tirx.Buffer, at: int, lanes: int, new: Expr) -> None:
