@@ -25,6 +25,9 @@ def chat(
             help="As for compile; with --model-lib, what the library was compiled with.",
         ),
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Default: one per physical core.")
+    ] = None,
     conv_template: Annotated[
         str | None,
         typer.Option(
@@ -116,7 +119,7 @@ def chat(
     )
     replies.use_utf8()
     lines = None if prompts is None else replies.read_prompts(prompts)
-    module = _load(folder, model_lib, device, overrides, conv_template)
+    module = _load(folder, model_lib, device, overrides, conv_template, threads)
     if lines is not None:
         failed = replies.answer_each(module, lines, settings, system, jsonl)
         if failed:
@@ -133,6 +136,7 @@ def _load(
     device: str,
     overrides: str | None,
     conv_template: str | None,
+    threads: int | None,
 ) -> "ChatModule":
     """Load the model, with a progress bar while it is compiled, and report its memory."""
     from relaxlm.cli.report import compile_progress, memory_lines
@@ -148,7 +152,7 @@ def _load(
                 typer.echo("compiling the library; it is kept for the next time", err=True)
             bar(stage, share)
 
-        module = ChatModule(folder, device, config, model_lib, progress=progress)
+        module = ChatModule(folder, device, config, model_lib, progress=progress, threads=threads)
     info = module.library.metadata
     typer.echo(
         f"{folder}: {info.model_type}, {info.quantization}, {info.target.kind}; "

@@ -16,6 +16,7 @@ from relaxlm.compiler.passes.lower_paged_attention import (
     LowerPagedAttention,
     cache_shape,
 )
+from relaxlm.compiler.passes.schedule_cpu import schedule_cpu
 from relaxlm.compiler.passes.share_tensors import ShareTensors
 from relaxlm.compiler.passes.take_rows_early import TakeRowsEarly
 from relaxlm.models.config import DecoderConfig
@@ -83,7 +84,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
         # Loop nests -> parallel loops, or grids of threads.
-        *([] if lowering.kind == "cpu" else [_gpu_schedules()]),
+        schedule_cpu() if lowering.kind == "cpu" else _gpu_schedules(),
     ]
 
 

@@ -141,9 +141,9 @@ def facts() -> dict[str, Any]:
     from tvm.target import codegen
 
     from relaxlm.runtime import cuda
-    from relaxlm.runtime.threads import set_default_threads
+    from relaxlm.runtime.threads import set_threads
 
-    set_default_threads()
+    set_threads()
     gpus = range(len(cuda.gpus())) if cuda.load_runtime() else ()
     return {
         "llvm": int(codegen.llvm_version_major()),

@@ -32,6 +32,7 @@ from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.prompt import Message, PromptBuilder
 from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
 from relaxlm.runtime.streaming import StreamCallback
+from relaxlm.runtime.threads import set_threads
 from relaxlm.runtime.tokenizer import Tokenizer
 
 __all__ = ["ChatConfig", "ChatModule"]
@@ -69,6 +70,7 @@ class ChatModule:
         model_lib: str | Path | None = None,
         model_lib_path: str | Path | None = None,
         progress: Callable[[str, float], None] = lambda stage, share: None,
+        threads: int | None = None,
     ) -> None:
         """Load a model.
 
@@ -80,6 +82,7 @@ class ChatModule:
                 another name for it.
             progress: called with a stage's name and the share of the work done before it, if the
                 library is compiled now.
+            threads: that kernels run on; one per usable core if None (`runtime/threads.py`).
 
         Raises:
             RelaxLMError: a folder, library or setting that is wrong; says what to do.
@@ -112,6 +115,7 @@ class ChatModule:
         # Each of several replies ends in a page of its own, and copies the prompt's last page.
         self.max_replies = 1 if self._window else min(limits.max_batch_size, MAX_REPLIES)
         pages += 2 * (self.max_replies - 1)
+        set_threads(threads)
         self.executor = Executor(self.library, weights, pages)
         self.sequences = PagedSequences(
             PagePool(pages), page_size, self._window, limits.attention_sink_size

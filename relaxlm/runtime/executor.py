@@ -12,7 +12,7 @@ from relaxlm.runtime import tvm_runtime
 from relaxlm.runtime.library import Library, needs_gpu
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.sequence_table import BatchTables
-from relaxlm.runtime.threads import set_default_threads
+from relaxlm.runtime.threads import set_threads
 
 
 class Memory(NamedTuple):
@@ -59,7 +59,7 @@ class Executor:
         return self
 
     def _prepare(self, library: Library, pages: int) -> None:
-        set_default_threads()
+        set_threads()
         self.library, self.metadata, self.pages = library, library.metadata, pages
         self.device = _device(library)
         self.on_gpu = self.metadata.target.kind != "cpu"

@@ -23,6 +23,8 @@ from relaxlm.errors import LibraryError
 ALIGNMENT = 64
 # relax::VMAllocType of TVM: freed buffers are kept for the next step.
 _POOLED = 2
+# threading::ThreadGroup::AffinityMode of TVM: the fast cores, where they differ.
+_FAST_CORES = 1
 # Kinds of dtypes that NumPy passes through DLPack: its own, not those of ml_dtypes.
 _EXCHANGED = "iuf"
 
@@ -78,6 +80,11 @@ def machine(module: Any, device: Any) -> Any:
     setup = [value for d in devices for value in (d.dlpack_device_type(), d.index, _POOLED)]
     vm["vm_initialization"](*setup)
     return vm
+
+
+def use_threads(count: int) -> None:
+    """Use that many threads of this thread's pool, or all if it has fewer."""
+    _function("config_threadpool")(_FAST_CORES, count)
 
 
 def share(array: np.ndarray) -> Any:
