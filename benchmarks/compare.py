@@ -13,6 +13,7 @@ decoding reaches of it says more than tokens per second do on a machine that oth
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -130,7 +131,7 @@ class Comparison:
         self.folders: dict[str, Path] = {}
         self.workers: dict[str, Worker] = {}
 
-    def run(self) -> Found:
+    def run(self) -> None:
         names = [name for name in self.options.only if self._prepare(name)]
         if "start" in self.options.cases:
             self._measure_starts(names)
@@ -144,7 +145,6 @@ class Comparison:
         finally:
             for worker in (*self.workers.values(), read):
                 worker.close()
-        return self.found
 
     def _prepare(self, name: str) -> bool:
         """Make the model's form for a program; False if that, or the program, isn't possible."""
@@ -212,7 +212,9 @@ class Comparison:
         seconds: dict[str, list[float]] = {name: [] for name in names}
         speeds: list[float] = []
         given_up: set[str] = set()
-        for round in range(rounds + 1):
+        self.found.seconds[key], self.found.read[key] = seconds, speeds
+        # The first one makes the caches and finds everything cold; it counts if it is the only one.
+        for round in range(0 if rounds > 1 else 1, rounds + 1):
             say(f"{self.model}: {case.name}, {round}/{rounds}")
             for name in names:
                 if name in given_up:
@@ -229,11 +231,9 @@ class Comparison:
                     if name in self.workers:
                         self.workers.pop(name).close()
                     continue
-                if round:  # the first one makes the caches and finds everything cold
+                if round:
                     seconds[name].append(value)
                     speeds.append(read.about["nbytes"] / read.ask(do="read")["seconds"])
-        self.found.seconds[key] = {name: values for name, values in seconds.items() if values}
-        self.found.read[key] = speeds
 
 
 def environment_python(cache: Path, peer: str) -> Path:
@@ -310,7 +310,18 @@ def main() -> None:
     options = parse()
     if options.setup:
         setup(options.cache, [p for p in PEERS if any(PROGRAMS[n].form == p for n in options.only)])
-    results = {model: vars(Comparison(options, model).run()) for model in options.models}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended early"))
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        for model in options.models:
+            comparison = Comparison(options, model)
+            results[model] = vars(comparison.found)
+            comparison.run()
+    finally:  # interrupted, too: what was measured is not lost
+        report(options, results)
+
+
+def report(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     cases = {key: (case.name, case.tokens) for key, case in CASES.items()}

@@ -40,7 +40,8 @@ def _table(found: Mapping[str, Any], cases: Mapping[str, tuple[str, int]]) -> li
     rows = [["", *names, *(["relaxlm / best peer"] if ratio else [])]]
     for key, seconds in found["seconds"].items():
         title, tokens = cases[key]
-        speeds = {name: tokens / statistics.median(values) for name, values in seconds.items()}
+        measured = {name: values for name, values in seconds.items() if values}
+        speeds = {name: tokens / statistics.median(values) for name, values in measured.items()}
         row = [f"{title}, tok/s"]
         for name in names:
             if name not in speeds:

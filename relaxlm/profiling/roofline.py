@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from relaxlm.runtime import tvm_runtime
-from relaxlm.runtime.threads import set_default_threads
+from relaxlm.runtime.threads import set_threads
 
 _LINE = 64  # bytes, and one vector of 16 words
 _TASK = 4096  # lines that one task reads: 256 KiB
@@ -35,7 +35,7 @@ class ReadLoop:
             arrays: contiguous, at addresses divisible by 64; the part of each that is a multiple
                 of 256 KiB is read. 256 MiB of its own if None.
         """
-        set_default_threads()
+        set_threads()
         if arrays is None:
             room = np.ones(DEFAULT_BYTES + _LINE, np.uint8)
             start = -room.ctypes.data % _LINE

@@ -1,0 +1,134 @@
+"""A model without tokenizer or conversation: made-up tokens in, seconds out."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from relaxlm.errors import ConfigError, ContextOverflowError
+from relaxlm.runtime.chat_config import ChatConfigFile
+from relaxlm.runtime.executor import Executor
+from relaxlm.runtime.library import Library, check_fits_model
+from relaxlm.runtime.page_pool import PagePool
+from relaxlm.runtime.params import WeightFolder
+from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
+
+Progress = Callable[[str, float], None]
+
+
+class Session:
+    """Runs prompts and decoding steps, and tells how long they took.
+
+    Attributes:
+        executor, sequences: of the model, for whoever needs more.
+        weights: where they come from.
+    """
+
+    def __init__(
+        self, executor: Executor, sequences: PagedSequences, weights: WeightFolder
+    ) -> None:
+        self.executor, self.sequences, self.weights = executor, sequences, weights
+        self._random = np.random.default_rng(0)
+        self._held: list[int] = []
+        self._prepared: tuple[int, int] | None = None  # batch, context
+
+    @staticmethod
+    def load(
+        folder: Path,
+        model_lib: Path | None = None,
+        device: str = "auto",
+        overrides: str | None = None,
+        room: Sequence[tuple[int, int]] = ((1, 4096),),
+        progress: Progress = lambda stage, share: None,
+    ) -> "Session":
+        """Load a converted folder.
+
+        Args:
+            model_lib: its library; compiled now, or found in the cache, if None.
+            device: "auto", "cpu" or "cuda".
+            overrides: as for `relaxlm compile`; only without `model_lib`.
+            room: (sequences, tokens of each) that the KV cache must take, for the largest of them.
+
+        Raises:
+            RelaxLMError: as `ChatModule` raises.
+        """
+        config, weights = ChatConfigFile.load(folder), WeightFolder(folder)
+        if model_lib is None:
+            from relaxlm.runtime.jit import library_for
+
+            library = library_for(folder, device, overrides, progress)
+        else:
+            if overrides:
+                raise ConfigError(f"overrides are fixed in {model_lib}: leave one of them out")
+            library = Library.load(model_lib)
+            check_fits_model(library, folder, config)
+        info = library.metadata
+        longest, most = max(tokens for _, tokens in room), info.limits.context_window_size
+        if longest > most and not info.limits.sliding_window_size:
+            raise ContextOverflowError(
+                f"{longest} tokens of one sequence: {library.path} was compiled for a context of "
+                f'{most}; compile with --overrides "context_window_size={longest}"'
+            )
+        size, window = info.kv_cache.page_size, info.limits.sliding_window_size
+        sinks, chunk = info.limits.attention_sink_size, info.limits.prefill_chunk_size
+        pages = max(
+            batch * pages_per_sequence(tokens, chunk, size, window, sinks) for batch, tokens in room
+        )
+        sequences = PagedSequences(PagePool(pages), size, window, sinks)
+        return Session(Executor(library, weights, pages), sequences, weights)
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds of a new prompt, until the logits of its last token are there."""
+        self._free()
+        ids = self._made_up((1, tokens))
+        start = time.perf_counter()
+        self._append_prompts(ids)
+        return time.perf_counter() - start
+
+    def decode(self, context: int, batch: int, steps: int) -> float:
+        """Seconds per step of one token for each of `batch` sequences with `context` tokens."""
+        self.prepare(context, batch)
+        self.step()  # not counted: threads and code may be asleep
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        return (time.perf_counter() - start) / steps
+
+    def prepare(self, context: int, batch: int) -> None:
+        """Have `batch` sequences of `context` tokens in the cache."""
+        if self._prepared == (batch, context) and all(
+            self.sequences.can_truncate(seq, context) for seq in self._held
+        ):
+            for seq in self._held:
+                self.sequences.truncate(seq, context)
+        else:
+            self._free()
+            self._append_prompts(self._made_up((batch, context)))
+            self._prepared = batch, context
+        self._next = self._made_up((batch, 1))[:, 0]
+
+    def step(self) -> None:
+        """The most probable next token of every sequence."""
+        tables = self.sequences.batch([(seq, 1) for seq in self._held])
+        rows = np.arange(len(self._held), dtype=np.int32)
+        self._next = self.executor.forward(tables, self._next, rows).argmax(-1).astype(np.int32)
+
+    def _append_prompts(self, ids: np.ndarray) -> None:
+        """Start sequences with the prompts [batch, n]."""
+        chunk = self.executor.limits.prefill_chunk_size
+        self._held = [self.sequences.add() for _ in ids]
+        for seq, prompt in zip(self._held, ids, strict=True):
+            for start in range(0, len(prompt), chunk):
+                part = prompt[start : start + chunk]
+                tables = self.sequences.batch([(seq, len(part))])
+                last = np.array([len(part) - 1], np.int32)
+                self.executor.forward(tables, part, last).argmax(-1)
+
+    def _made_up(self, shape: tuple[int, int]) -> np.ndarray:
+        return self._random.integers(0, self.executor.vocab_size, shape).astype(np.int32)
+
+    def _free(self) -> None:
+        for seq in self._held:
+            self.sequences.free(seq)
+        self._held, self._prepared = [], None

@@ -1,0 +1,76 @@
+"""What a step has to do, whatever the kernels: bytes that it reads and operations it computes."""
+
+import math
+from dataclasses import dataclass
+
+import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8_e4m3fn
+import numpy as np
+
+from relaxlm.models import load_config, parameter_specs
+from relaxlm.runtime.metadata import LibraryMetadata, TensorInfo
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a model, per step and token.
+
+    Attributes:
+        weight_bytes: stored, of all that a decoding step reads: everything but an embedding that
+            isn't the output head as well.
+        layer_weights: numbers in the matrices that every token passes.
+        head_weights: numbers in the output head, which only rows with logits pass.
+        cache_bytes: of the KV cache, per token of the context.
+        pair_operations: of attention, per token and token that it sees, in all layers.
+    """
+
+    weight_bytes: int
+    layer_weights: int
+    head_weights: int
+    cache_bytes: int
+    pair_operations: int
+
+    @staticmethod
+    def of(info: LibraryMetadata) -> "Work":
+        """The work of a library's model."""
+        config = load_config(info.model_config_json)
+        specs = parameter_specs(config)
+        sizes = {role: 0 for role in ("linear", "embedding", "lm_head", "vector")}
+        for spec in specs:
+            sizes[spec.role] += math.prod(spec.shape)
+        unread = 0
+        if sizes["lm_head"]:  # then the embedding is a table of which a step reads single rows
+            [name] = [spec.name for spec in specs if spec.role == "embedding"]
+            stem = name.removesuffix("weight")  # .q_weight and .q_scale where it is quantized
+            unread = sum(nbytes(tensor) for tensor in info.params if tensor.name.startswith(stem))
+        return Work(
+            weight_bytes=info.memory.params - unread,
+            layer_weights=sizes["linear"],
+            head_weights=sizes["lm_head"] or sizes["embedding"],
+            cache_bytes=info.kv_cache.bytes_per_token,
+            # A product with a key and one with a value: a multiplication and an addition each.
+            pair_operations=4
+            * config.num_attention_heads
+            * config.head_dim
+            * info.kv_cache.num_layers,
+        )
+
+    def decode_bytes(self, context: int, batch: int) -> int:
+        """What one step reads at least, `context` tokens being in each of `batch` caches."""
+        return self.weight_bytes + batch * context * self.cache_bytes
+
+    def operations(self, tokens: int, context: int, rows: int) -> int:
+        """Multiplications and additions of matrices and attention.
+
+        Args:
+            tokens: new ones of one sequence.
+            context: tokens that it has before them.
+            rows: of logits.
+        """
+        pairs = tokens * context + tokens * (tokens + 1) // 2
+        matrices = tokens * self.layer_weights + rows * self.head_weights
+        return 2 * matrices + self.pair_operations * pairs
+
+
+def nbytes(tensor: TensorInfo) -> int:
+    """Of one parameter."""
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
