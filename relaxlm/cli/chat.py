@@ -25,6 +25,10 @@ def chat(
             help="As for compile; with --model-lib, what the library was compiled with.",
         ),
     ] = None,
+    opt: Annotated[
+        str | None,
+        typer.Option("--opt", help="As for compile: act_quant=0 for exact matmuls."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Default: one per physical core.")
     ] = None,
@@ -119,7 +123,7 @@ def chat(
     )
     replies.use_utf8()
     lines = None if prompts is None else replies.read_prompts(prompts)
-    module = _load(folder, model_lib, device, overrides, conv_template, threads)
+    module = _load(folder, model_lib, device, overrides, conv_template, threads, opt)
     if lines is not None:
         failed = replies.answer_each(module, lines, settings, system, jsonl)
         if failed:
@@ -137,6 +141,7 @@ def _load(
     overrides: str | None,
     conv_template: str | None,
     threads: int | None,
+    opt: str | None,
 ) -> "ChatModule":
     """Load the model, with a progress bar while it is compiled, and report its memory."""
     from relaxlm.cli.report import compile_progress, memory_lines
@@ -152,7 +157,9 @@ def _load(
                 typer.echo("compiling the library; it is kept for the next time", err=True)
             bar(stage, share)
 
-        module = ChatModule(folder, device, config, model_lib, progress=progress, threads=threads)
+        module = ChatModule(
+            folder, device, config, model_lib, progress=progress, threads=threads, opt=opt
+        )
     info = module.library.metadata
     typer.echo(
         f"{folder}: {info.model_type}, {info.quantization}, {info.target.kind}; "

@@ -40,13 +40,14 @@ def compile(
         ),
     ] = None,
     opt: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--opt",
-            help="CPU code: LLVM's optimisation level, O1 to O3, and act_quant=1 to round "
-            'activations to int8 in matmuls (faster, not exact): "O2;act_quant=1".',
+            help="CPU code: LLVM's optimisation level, O1 to O3, and act_quant=0 for matmuls in "
+            'float32, or 1 to round their activations, which is several times as fast: '
+            '"O2;act_quant=0". Default: O2, and 1 where CPU and preset have kernels for it.',
         ),
-    ] = "O2",
+    ] = None,
     debug_dump: Annotated[
         Path | None,
         typer.Option("--debug-dump", help="Folder for the IR after every pass, and kernels."),

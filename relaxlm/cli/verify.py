@@ -27,6 +27,10 @@ def verify(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     overrides: Annotated[str | None, typer.Option("--overrides", help="As for compile.")] = None,
+    opt: Annotated[
+        str | None,
+        typer.Option("--opt", help="As for compile: act_quant=0 for exact matmuls."),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", help="Text to compare on; may be given several times."),
@@ -101,6 +105,7 @@ def verify(
             model_lib=model_lib,
             device=device,
             overrides=overrides,
+            opt=opt,
             max_length=max_length,
             reference=reference,
             progress=progress,

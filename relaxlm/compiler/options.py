@@ -1,14 +1,19 @@
 """What a user may choose when compiling: limits, the cache's format and the optimisation level."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from relaxlm.compiler.kernels.isa import NEEDS, best_isa
 from relaxlm.compiler.target import DeviceTarget
 from relaxlm.errors import ConfigError
-from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.kv_cache import KVFormat, get_kv_format
 from relaxlm.quantization.schemes import Scheme
+
+if TYPE_CHECKING:
+    from relaxlm.models.config import DecoderConfig  # imports TVM
 
 # The most tokens of one step where nothing else is said: enough to use the matrix units of a CPU
 # or a GPU well, and small enough that temporary buffers stay in tens of megabytes.
@@ -20,8 +25,6 @@ DEFAULT_MAX_BATCH = 16
 # two of them in one process get in each other's way.
 OPT_LEVELS = ("O1", "O2", "O3")
 DEFAULT_OPT = "O2"
-# What kernels with int8 activations need, under LLVM's names.
-ACT_QUANT_FEATURES = ("avx512f", "avx512bw", "avx512vnni")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class CompileOptions:
 
     @property
     def act_quant(self) -> bool:
-        """Whether matmuls on CPUs round their activations to int8, by groups of 32."""
+        """Whether matmuls on CPUs round their activations (`kernels/rounding.py`)."""
         return self.opt.endswith(";act_quant=1")
 
     @staticmethod
@@ -57,13 +60,13 @@ class CompileOptions:
         chat: Mapping[str, Any] | None = None,
         overrides: str | None = None,
         opt: str = DEFAULT_OPT,
-    ) -> "CompileOptions":
+    ) -> CompileOptions:
         """Combine the model's own limits, mlc-chat-config.json and `--overrides`, in this order.
 
         Args:
             chat: mlc-chat-config.json, whose limits count unless they are -1 or null.
             overrides: "context_window_size=4096;kv_cache_dtype=fp8".
-            opt: "O2", "act_quant=1" or "O2;act_quant=1".
+            opt: "O2", "act_quant=1" or "O2;act_quant=1"; act_quant is 0 if it is not named.
 
         Raises:
             ConfigError: an unknown key, a malformed value, or limits that contradict each other.
@@ -95,7 +98,7 @@ class CompileOptions:
             )
         return options._checked()
 
-    def _checked(self) -> "CompileOptions":
+    def _checked(self) -> CompileOptions:
         if self.prefill_chunk_size > self.context_window_size:
             return replace(self, prefill_chunk_size=self.context_window_size)._checked()
         if self.max_batch_size > self.prefill_chunk_size:
@@ -125,28 +128,40 @@ def parse_opt(text: str) -> str:
     return level + (";act_quant=1" if act_quant else "")
 
 
+def opt_for(opt: str | None, scheme: Scheme, device: DeviceTarget) -> str:
+    """`--opt` with act_quant as it is by default: 1 wherever there are kernels for it."""
+    opt = opt or DEFAULT_OPT
+    if "act_quant" in opt or why_not_rounded(scheme, device):
+        return parse_opt(opt)
+    return parse_opt(f"{opt};act_quant=1")
+
+
 def check_act_quant(options: CompileOptions, scheme: Scheme, device: DeviceTarget) -> None:
     """Refuse act_quant=1 where nothing would come of it.
 
     Raises:
-        ConfigError: the device or the preset has no kernels with int8 activations.
+        ConfigError: the device or the preset has no kernels with rounded activations.
     """
-    if not options.act_quant:
-        return
+    reason = why_not_rounded(scheme, device) if options.act_quant else None
+    if reason:
+        raise ConfigError(f"--opt act_quant=1 {reason}. Use act_quant=0")
+
+
+def why_not_rounded(scheme: Scheme, device: DeviceTarget) -> str | None:
+    """Why no matmul of a model can have rounded activations; None if some can."""
     if device.kind != "cpu":
-        raise ConfigError(f"--opt act_quant=1 is for device 'cpu', not '{device.kind}'")
-    missing = [name for name in ACT_QUANT_FEATURES if name not in device.cpu_features]
-    if missing:
-        raise ConfigError(
-            f"--opt act_quant=1 needs a CPU with {', '.join(ACT_QUANT_FEATURES)}; "
-            f"{','.join(device.arch)} lacks {', '.join(missing)}. Use act_quant=0"
-        )
-    quant = scheme.linear
-    if quant is None or (quant.bits, quant.group, quant.layout) != (4, 32, "NK"):
-        raise ConfigError(
-            f"--opt act_quant=1 is for 4-bit weights stored row by row, such as q4f16_1, not for "
-            f"{scheme.name}. Use act_quant=0"
-        )
+        return f"is for device 'cpu', not '{device.kind}'"
+    isa = best_isa(device.cpu_features.__contains__)
+    if isa is None:
+        needs = ", or ".join(" and ".join(names) for names in NEEDS.values())
+        return f"needs a CPU with {needs}, which {','.join(device.arch)} is not"
+    from relaxlm.compiler.kernels import cpu_rounded
+    from relaxlm.compiler.kernels.stored import StoredMatrix
+
+    roles = (scheme.linear, scheme.embedding, scheme.lm_head)
+    if any(cpu_rounded.supports(StoredMatrix(512, 512, q, scheme.dtype), isa) for q in roles):
+        return None
+    return f"has no kernels for weights in {scheme.name} on this CPU ({isa})"
 
 
 def parse_overrides(text: str | None) -> dict[str, int | str]:

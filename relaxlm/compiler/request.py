@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from relaxlm import models
-from relaxlm.compiler.options import CompileOptions
+from relaxlm.compiler.options import CompileOptions, opt_for
 from relaxlm.compiler.target import DeviceTarget, resolve_device
 from relaxlm.errors import ConfigError
 from relaxlm.files import read_json_object
@@ -33,7 +33,7 @@ class CompileRequest:
         device: str = "auto",
         arch: str | None = None,
         overrides: str | None = None,
-        opt: str = "O2",
+        opt: str | None = None,
     ) -> "CompileRequest":
         """Read a configuration and resolve the options.
 
@@ -41,6 +41,8 @@ class CompileRequest:
             source: a folder, or the path of mlc-chat-config.json or config.json. A folder's
                 mlc-chat-config.json is preferred.
             quantization: a preset; the one in mlc-chat-config.json if None.
+            opt: as `CompileOptions.resolve` takes it; where it does not say whether activations are
+                rounded, they are wherever there are kernels for it.
 
         Raises:
             ConfigError: a missing file, an unknown preset, or options that contradict the folder.
@@ -67,8 +69,10 @@ class CompileRequest:
         scheme = get_scheme(quantization or str(recorded))
         raw, _ = models.raw_config(path)
         config = models.load_config(path)
+        target = resolve_device(device, arch)
+        opt = opt_for(opt, scheme, target)
         options = CompileOptions.resolve(config, scheme, chat, overrides, opt)
-        return CompileRequest(config, raw, scheme, resolve_device(device, arch), options)
+        return CompileRequest(config, raw, scheme, target, options)
 
     def identity(self) -> dict[str, Any]:
         """All that decides the content of the library, as JSON values."""

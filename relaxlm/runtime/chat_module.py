@@ -71,6 +71,7 @@ class ChatModule:
         model_lib_path: str | Path | None = None,
         progress: Callable[[str, float], None] = lambda stage, share: None,
         threads: int | None = None,
+        opt: str | None = None,
     ) -> None:
         """Load a model.
 
@@ -82,6 +83,7 @@ class ChatModule:
                 another name for it.
             progress: called with a stage's name and the share of the work done before it, if the
                 library is compiled now.
+            opt: as `relaxlm compile --opt` takes it, if the library is compiled now.
             threads: that kernels run on; one per usable core if None (`runtime/threads.py`).
 
         Raises:
@@ -98,7 +100,7 @@ class ChatModule:
         weights = WeightFolder(self.folder)
         # A template of plain text lets the reply go on where the prompt ends, with its space.
         self._continues_text = _continues_text(self.prompts)
-        self.library = self._library(_either(model_lib, model_lib_path), device, progress)
+        self.library = self._library(_either(model_lib, model_lib_path), device, opt, progress)
         limits = self.library.metadata.limits
         self._window = limits.sliding_window_size
         self.context_window_size = limits.context_window_size
@@ -384,12 +386,16 @@ class ChatModule:
         return settings
 
     def _library(
-        self, path: str | Path | None, device: str, progress: Callable[[str, float], None]
+        self,
+        path: str | Path | None,
+        device: str,
+        opt: str | None,
+        progress: Callable[[str, float], None],
     ) -> Library:
         if path is None:
             from relaxlm.runtime.jit import library_for
 
-            return library_for(self.folder, device, self.chat_config.overrides(), progress)
+            return library_for(self.folder, device, self.chat_config.overrides(), progress, opt)
         library = Library.load(path)
         kind = library.metadata.target.kind
         if device not in ("auto", kind):

@@ -34,6 +34,7 @@ def library_for(
     device: str = "auto",
     overrides: str | None = None,
     progress: Callable[[str, float], None] = lambda stage, share: None,
+    opt: str | None = None,
 ) -> Library:
     """The library for a converted model folder, compiled now or earlier.
 
@@ -45,19 +46,20 @@ def library_for(
         overrides: as for `relaxlm compile --overrides`.
         progress: called with a stage's name and the share of the work done before it, only when
             the library is compiled now.
+        opt: as for `relaxlm compile --opt`.
 
     Raises:
         RelaxLMError: as `compile_model` and `Library.load` raise.
         CompileError: nothing can be written to the cache's folder.
     """
     check_versions()
-    libraries, seen = cache_folder() / "libraries", _seen(folder, device, overrides)
+    libraries, seen = cache_folder() / "libraries", _seen(folder, device, overrides, opt)
     if seen is not None and seen.is_file():
         with suppress(LibraryError):
             return Library.load(libraries / seen.read_text("utf-8"))
     from relaxlm.compiler.request import CompileRequest
 
-    request = CompileRequest.read(folder, device=device, overrides=overrides)
+    request = CompileRequest.read(folder, device=device, overrides=overrides, opt=opt)
     path = libraries / f"{_digest(request.identity())}{request.device.suffix}"
     library = None
     if path.is_file():
@@ -74,7 +76,7 @@ def library_for(
     return library
 
 
-def _seen(folder: Path, device: str, overrides: str | None) -> Path | None:
+def _seen(folder: Path, device: str, overrides: str | None, opt: str | None) -> Path | None:
     """Where the name of a folder's library is kept; None if the folder has no configuration."""
     from relaxlm.compiler.target import resolve_device  # does not import TVM
 
@@ -83,7 +85,7 @@ def _seen(folder: Path, device: str, overrides: str | None) -> Path | None:
     if not texts:
         return None
     target = resolve_device(device).describe()
-    identity = {"files": texts, "target": target, "overrides": overrides}
+    identity = {"files": texts, "target": target, "overrides": overrides, "opt": opt}
     return cache_folder() / "seen" / _digest(identity)
 
 

@@ -15,13 +15,13 @@ logits, mean KL, and relative error of a token's vector after the first and the 
     float32      fp8        8.0e-03        7e-07  6e-06        2e-03
     float16      -          2.0e-02        3e-05  3e-03        8e-03
     bfloat16     -          1.7e-01        5e-04  3e-02        5e-02
-    int8         float32    1.2e-01        4e-04  1e-02        3e-02
+    rounded      float32    1.2e-01        4e-04  1e-02        3e-02
 
 A cache leaves something because a key that differs in its last bit may be rounded to another
-neighbour. The lines without a cache are torch's in that dtype, not a GPU's; int8 is act_quant=1.
-Limits are about ten times as large, for models whose attention amplifies errors more; one with
-doubled weights, chosen to be chaotic, came to 2e-4 in the first line and 3e-1 in the fourth. A
-wrong norm, scale or position gives errors from 1e-1 up.
+neighbour. The lines without a cache are torch's in that dtype, not a GPU's; "rounded" is
+act_quant=1. Limits are about ten times as large, for models whose attention amplifies errors more;
+one with doubled weights, chosen to be chaotic, came to 2e-4 in the first line and 3e-1 in the
+fourth. A wrong norm, scale or position gives errors from 1e-1 up.
 
 `damage_limits`: what does rounding cost against the checkpoint in float32? That depends on the
 model, and small ones suffer most. The trained model above on the default prompts, most of them
@@ -75,7 +75,7 @@ _ACTIVATIONS = {
     "float32": (1e-3, 1e-6, 1e-5),
     "float16": (2e-1, 1e-3, 1e-2),
     "bfloat16": (1.0, 2e-2, 5e-2),
-    "int8": (1.0, 2e-2, 5e-2),
+    "rounded": (1.0, 2e-2, 5e-2),
 }
 _CACHE = {
     "float32": (0.0, 0.0, 0.0),
@@ -89,7 +89,7 @@ _DAMAGE: dict[str | int, tuple[float, float]] = {
     "float32": (0.0, 1.0),
     "float16": (1e-4, 0.95),
     "bfloat16": (2e-3, 0.9),
-    "int8": (1e-2, 0.9),
+    "rounded": (1e-2, 0.9),
     8: (1e-2, 0.9),
     4: (1.0, 0.5),
     3: (3.0, 0.2),

@@ -83,11 +83,11 @@ class Job:
 
     @property
     def activations(self) -> str:
-        """The dtype in which the library computes, or int8 where its matmuls round to that."""
+        """The dtype in which the library computes, or "rounded" for act_quant=1."""
         from relaxlm.compiler.pipeline import compute_dtype
 
         if self.library.metadata.opt.endswith(";act_quant=1"):
-            return "int8"
+            return "rounded"
         return compute_dtype(self.library.metadata.target.kind, self.scheme)
 
     def memory_estimate(self) -> tuple[int, int, int]:
@@ -185,6 +185,7 @@ def prepare(
     model_lib: Path | None = None,
     device: str = "auto",
     overrides: str | None = None,
+    opt: str | None = None,
     max_length: int = 256,
     reference: Literal["both", "float", "dequantized"] = "both",
     progress: Callable[[str, float], Any] = lambda stage, share: None,
@@ -196,7 +197,7 @@ def prepare(
         target: a converted folder, or a library.
         weights: a library's converted folder; by default the folder it lies in.
         model_lib: a converted folder's library; compiled just in time by default.
-        device, overrides: for just-in-time compilation.
+        device, overrides, opt: for just-in-time compilation.
         max_length: tokens of a prompt that are used.
         reference: what to compare with. A library that stores everything in float32 is compared
             with the checkpoint only: it is the same.
@@ -213,7 +214,7 @@ def prepare(
     check_packages()
     open_float_checkpoint(source)
     config = models.load_config(source)
-    library, folder = _open(target, weights, model_lib, device, overrides, progress)
+    library, folder = _open(target, weights, model_lib, device, overrides, opt, progress)
     settings = _compare_configs(config, library, source)
     chosen: tuple[ReferenceKind, ...] = ("float", "dequantized")
     if reference != "both":
@@ -233,6 +234,7 @@ def _open(
     model_lib: Path | None,
     device: str,
     overrides: str | None,
+    opt: str | None,
     progress: Callable[[str, float], Any],
 ) -> tuple[Library, WeightFolder]:
     if target.is_dir():
@@ -246,7 +248,7 @@ def _open(
             return Library.load(model_lib), folder
         from relaxlm.runtime.jit import library_for
 
-        return library_for(target, device, overrides, progress), folder
+        return library_for(target, device, overrides, progress, opt), folder
     if model_lib is not None:
         raise ConfigError(
             f"--model-lib {model_lib} goes with a converted folder, but {target} is none: "

@@ -37,11 +37,13 @@ def lowering(raw: dict = PLAIN, scheme: str = "q4f16_1", kv_format: str = "f32",
     return Lowering(config, specs, get_scheme(scheme), get_kv_format(kv_format), kind)
 
 
-def lowered(plan: Lowering, until: str | None = None) -> tvm.IRModule:
+def lowered(
+    plan: Lowering, until: str | None = None, target: tvm.target.Target | None = None
+) -> tvm.IRModule:
     """A model after the passes up to and with `until`; None for all of them."""
     model = models.create(plan.config, compute_dtype(plan.kind, plan.scheme))
     module, _ = model.export_tvm(spec=model.export_spec())
-    with tvm.target.Target({"kind": "llvm"}):
+    with target or tvm.target.Target({"kind": "llvm"}):
         for step in lowering_passes(plan):
             module = step(module)
             if step.info.name == until:

@@ -9,7 +9,7 @@ import transformers
 from relaxlm import models
 from relaxlm.compiler.build import compile_model
 from relaxlm.compiler.options import CompileOptions
-from relaxlm.compiler.target import resolve_device
+from relaxlm.compiler.target import DeviceTarget, resolve_device
 from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library
@@ -93,10 +93,18 @@ def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
 class Compiled:
     """A compiled tiny model with its cache and page tables."""
 
-    def __init__(self, raw: dict, params: dict, scheme: str, overrides: str = "") -> None:
-        config = models.load_config(raw)
-        options = CompileOptions.resolve(config, get_scheme(scheme), overrides=overrides)
-        built = compile_model(config, raw, get_scheme(scheme), resolve_device("cpu"), options)
+    def __init__(
+        self,
+        raw: dict,
+        params: dict,
+        scheme: str,
+        overrides: str = "",
+        opt: str = "O2",
+        device: DeviceTarget | None = None,
+    ) -> None:
+        config, device = models.load_config(raw), device or resolve_device("cpu")
+        options = CompileOptions.resolve(config, get_scheme(scheme), None, overrides, opt)
+        built = compile_model(config, raw, get_scheme(scheme), device, options)
         library = Library(built.executable, built.metadata, Path("memory"))
         self.limits = built.metadata.limits
         self.executor = Executor.from_arrays(library, params, pages=64)

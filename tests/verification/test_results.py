@@ -176,7 +176,7 @@ def test_a_report() -> None:
 def test_every_preset_and_cache_has_limits() -> None:
     for scheme in SCHEMES.values():
         for cache in KV_FORMATS:
-            for activations in ("float32", "float16", "bfloat16", "int8"):
+            for activations in ("float32", "float16", "bfloat16", "rounded"):
                 exact = exact_limits(activations, cache)
                 assert exact.max_error and exact.kl and exact.layer and exact.top1 is None
                 damage = damage_limits(scheme, activations, cache)

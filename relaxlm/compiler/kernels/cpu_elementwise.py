@@ -1,22 +1,26 @@
-"""Norms and activations on CPUs: one pass over memory each, vectors of 16 where sizes allow.
+"""Norms and activations on CPUs: one or two passes over memory, vectors of 16 where sizes allow.
 
+What a kernel computes it writes as float32, or rounded for the matmul that reads it (`Rounding`).
 A kernel runs on one thread where waking the others would take longer than the work.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
+from relaxlm.compiler.kernels.packed import Value
+from relaxlm.compiler.kernels.rounding import Rounding
 from relaxlm.compiler.kernels.vector import (
     LOG2E,
-    as_relax_kernel,
     exp2,
-    import_reduce_sum,
     multiply_add,
     reduce_sum,
+    reduce_sum_ir,
     splat,
     to_float32,
     vector,
@@ -36,125 +40,121 @@ def sum_of(value: Expr, lanes: int) -> Expr:
     return reduce_sum(value, lanes) if lanes > 1 else value
 
 
-@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
-def norm_kernel(size: int, eps: float, dtype: str, residual: bool) -> tirx.PrimFunc:
+class _Output:
+    """The last parameter of a kernel: [n, size] float32, or its rows rounded."""
+
+    def __init__(self, n: Expr, size: int, rounding: Rounding | None) -> None:
+        assert rounding is None or rounding.k == size
+        self.n, self.size, self.rounding = n, size, rounding
+        width, dtype = (size, "float32") if rounding is None else (rounding.row_words, "int32")
+        self.buffer = tensor("out", (n, width), dtype)
+
+    def write(self, row: Expr, value: Value) -> None:
+        if self.rounding is not None:
+            self.rounding.emit_pack(value, self.buffer, row, self.n)
+            return
+        lanes = math.gcd(self.size, 16)
+        with T.serial(self.size // lanes) as i:
+            T.buffer_store(self.buffer, value(i * lanes, lanes), [row, span(i * lanes, lanes)])
+
+
+def _for_each_row(n: Expr, elements: int, row: Callable[[Expr], None]) -> None:
+    """Emit the loop over rows of so many elements each, on one thread or on all."""
+    with T.If(n * elements <= SERIAL):
+        with T.Then(), T.serial(n) as i:
+            row(i)
+        with T.Else(), T.parallel(n) as i:
+            row(i)
+
+
+@functools.cache
+def norm_kernel(
+    size: int, eps: float, dtype: str, residual: bool, rounding: Rounding | None = None
+) -> tirx.PrimFunc:
     """Root mean square norm: (x [n, size], weight [size]) -> [n, size].
 
     With `residual`: (x, y, weight) -> x + y and its norm.
 
     Args:
         dtype: of the weight; everything else is float32.
+        rounding: how the norm is rounded; float32 if None.
     """
     lanes = math.gcd(size, 16)
 
-    def at(buffer, row, i):
-        return buffer.vload([row, i * lanes], vector("float32", lanes))
+    def body() -> None:
+        n = length("n")
+        x = tensor("x", (n, size), "float32")
+        y = tensor("y", (n, size), "float32") if residual else None
+        weight = tensor("weight", (size,), dtype)
+        total = tensor("total", (n, size), "float32") if residual else x
+        out = _Output(n, size, rounding)
 
-    @T.macro
-    def norm(x, weight, out, row):
-        squares = T.decl_buffer((lanes,), "float32", scope="global")
-        factor = T.decl_buffer((1,), "float32", scope="global")
-        squares[span(0, lanes)] = splat(0.0, lanes)
-        for i in T.serial(size // lanes):
-            squares[span(0, lanes)] = multiply_add(
-                at(x, row, i), at(x, row, i), squares.vload([0], vector("float32", lanes))
-            )
-        factor[0] = T.float32(1) / T.sqrt(
-            sum_of(squares.vload([0], vector("float32", lanes)), lanes) * T.float32(1 / size)
-            + T.float32(eps)
-        )
-        for i in T.serial(size // lanes):
-            out[row, span(i * lanes, lanes)] = (
-                at(x, row, i)
-                * splat(factor[0], lanes)
-                * to_float32(weight.vload([i * lanes], vector(dtype, lanes)), lanes)
-            )
+        def load(buffer: tirx.Buffer, row: Expr, i: Expr, count: int = lanes) -> Expr:
+            return buffer.vload([row, i], vector("float32", count))
 
-    @T.macro
-    def add(x, y, total, row):
-        for i in T.serial(size // lanes):
-            total[row, span(i * lanes, lanes)] = at(x, row, i) + at(y, row, i)
+        def one(row: Expr) -> None:
+            squares, factor = scratch(lanes, "float32"), scratch(1, "float32")
 
-    if residual:
+            def squared() -> Expr:
+                return squares.vload([0], vector("float32", lanes))
 
-        @T.prim_func(s_tir=True, check_well_formed=False)
-        def add_norm(
-            x_h: T.handle,
-            y_h: T.handle,
-            weight: T.Buffer((size,), dtype),
-            total_h: T.handle,
-            out_h: T.handle,
-        ):
-            T.func_attr({"tirx.noalias": True})
-            n = T.int64()
-            x = T.match_buffer(x_h, (n, size), "float32")
-            y = T.match_buffer(y_h, (n, size), "float32")
-            total = T.match_buffer(total_h, (n, size), "float32")
-            out = T.match_buffer(out_h, (n, size), "float32")
-            if n * size <= SERIAL:
-                for row in T.serial(n):
-                    add(x, y, total, row)
-                    norm(total, weight, out, row)
-            else:
-                for row in T.parallel(n):
-                    add(x, y, total, row)
-                    norm(total, weight, out, row)
+            T.buffer_store(squares, splat(0.0, lanes), [span(0, lanes)])
+            with T.serial(size // lanes) as i:
+                if y is not None:
+                    both = load(x, row, i * lanes) + load(y, row, i * lanes)
+                    T.buffer_store(total, both, [row, span(i * lanes, lanes)])
+                value = load(total, row, i * lanes)
+                T.buffer_store(squares, multiply_add(value, value, squared()), [span(0, lanes)])
+            mean = sum_of(squared(), lanes) * T.float32(1 / size) + T.float32(eps)
+            T.buffer_store(factor, T.float32(1) / T.sqrt(mean), [0])
 
-        kernel = add_norm
-    else:
+            def value(i: Expr | int, count: int) -> Expr:
+                scale = to_float32(weight.vload([i], vector(dtype, count)), count)
+                return load(total, row, i, count) * splat(factor[0], count) * scale
 
-        @T.prim_func(s_tir=True, check_well_formed=False)
-        def plain_norm(
-            x_h: T.handle,
-            weight: T.Buffer((size,), dtype),
-            out_h: T.handle,
-        ):
-            T.func_attr({"tirx.noalias": True})
-            n = T.int64()
-            x = T.match_buffer(x_h, (n, size), "float32")
-            out = T.match_buffer(out_h, (n, size), "float32")
-            if n * size <= SERIAL:
-                for row in T.serial(n):
-                    norm(x, weight, out, row)
-            else:
-                for row in T.parallel(n):
-                    norm(x, weight, out, row)
+            out.write(row, value)
 
-        kernel = plain_norm
-    return as_relax_kernel(import_reduce_sum(kernel, lanes) if lanes > 1 else kernel)
+        _for_each_row(n, size, one)
+
+    return emit(body, [reduce_sum_ir(lanes)] if lanes > 1 else [])
 
 
 @functools.cache
-def silu_mul_kernel(size: int) -> tirx.PrimFunc:
-    """x [n, 2 size] -> silu(x[:, :size]) * x[:, size:], float32."""
-    lanes = math.gcd(size, 16)
-    # Columns per task: a prompt has rows enough, a batch of single tokens may not.
-    parts = next(n for n in (8, 4, 2, 1) if size % (n * lanes) == 0)
-    width = size // parts
+def silu_mul_kernel(size: int, rounding: Rounding | None = None) -> tirx.PrimFunc:
+    """x [n, 2 size] -> silu(x[:, :size]) * x[:, size:], float32 or rounded."""
 
-    def gated(gate, up):
-        exponent = T.min(gate * splat(-LOG2E, lanes), splat(126.0, lanes))
-        return gate * up / (splat(1.0, lanes) + exp2(exponent, lanes))
+    def body() -> None:
+        n = length("n")
+        x = tensor("x", (n, 2 * size), "float32")
+        out = _Output(n, size, rounding)
 
-    @T.macro
-    def one_task(x, out, row, first):
-        for i in T.serial(width // lanes):
-            out[row, span(first + i * lanes, lanes)] = gated(
-                x.vload([row, first + i * lanes], vector("float32", lanes)),
-                x.vload([row, size + first + i * lanes], vector("float32", lanes)),
-            )
+        def one(row: Expr) -> None:
+            def value(i: Expr | int, lanes: int) -> Expr:
+                gate = x.vload([row, i], vector("float32", lanes))
+                up = x.vload([row, size + i], vector("float32", lanes))
+                exponent = T.min(gate * splat(-LOG2E, lanes), splat(126.0, lanes))
+                return gate * up / (splat(1.0, lanes) + exp2(exponent, lanes))
 
-    @T.prim_func(s_tir=True, check_well_formed=False)
-    def silu_mul(x_h: T.handle, out_h: T.handle):
-        T.func_attr({"tirx.noalias": True})
-        n = T.int64()
-        x = T.match_buffer(x_h, (n, 2 * size), "float32")
-        out = T.match_buffer(out_h, (n, size), "float32")
-        if n * size <= SERIAL // 2:
-            for task in T.serial(n * parts):
-                one_task(x, out, task // parts, task % parts * width)
-        else:
-            for task in T.parallel(n * parts):
-                one_task(x, out, task // parts, task % parts * width)
+            out.write(row, value)
 
-    return as_relax_kernel(silu_mul)
+        # The exponential makes an element cost as much as two of a norm.
+        _for_each_row(n, 2 * size, one)
+
+    return emit(body)
+
+
+@functools.cache
+def round_kernel(rounding: Rounding) -> tirx.PrimFunc:
+    """(x [n, k] float32) -> its rows rounded, [n, row_words] int32."""
+
+    def body() -> None:
+        n = length("n")
+        x = tensor("x", (n, rounding.k), "float32")
+        out = _Output(n, rounding.k, rounding)
+
+        def one(row: Expr) -> None:
+            out.write(row, lambda i, lanes: x.vload([row, i], vector("float32", lanes)))
+
+        _for_each_row(n, rounding.k, one)
+
+    return emit(body)

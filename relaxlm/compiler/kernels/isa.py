@@ -1,8 +1,10 @@
 """Which dot products a CPU target has: what decides the kernels of rounded activations."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
-import tvm
+if TYPE_CHECKING:
+    import tvm
 
 # What the kernels of each need, under LLVM's names; the first whose needs are met is taken.
 #   amx      tiles of bfloat16 for many rows, AVX-512 VNNI for few
@@ -21,11 +23,15 @@ NEEDS: dict[Isa, tuple[str, ...]] = {
 }
 
 
-def dot_products(target: tvm.target.Target | None) -> Isa | None:
-    """The instructions that kernels for a CPU target may use; None if there are none we know."""
+def best_isa(has: Callable[[str], bool]) -> Isa | None:
+    """The instructions that kernels may use on a CPU with some features; None for none we know."""
+    return next((isa for isa, needs in NEEDS.items() if all(map(has, needs))), None)
+
+
+def dot_products(target: "tvm.target.Target | None") -> Isa | None:
+    """The same for a CPU target of TVM."""
     if target is None:
         return None
-    has = tvm.target.codegen.target_has_features
-    return next(
-        (isa for isa, needs in NEEDS.items() if all(has(name, target) for name in needs)), None
-    )
+    from tvm.target import codegen
+
+    return best_isa(lambda name: codegen.target_has_features(name, target))

@@ -101,10 +101,20 @@ def exp2(x: Expr, lanes: int) -> Expr:
 
 
 def reduce_max(x: Expr) -> Expr:
-    """The largest lane of a float32 vector."""
-    return T.call_llvm_pure_intrin(
-        T.llvm_lookup_intrinsic_id("llvm.vector.reduce.fmax"), x, dtype="float32"
+    """The largest lane of a float32 vector without NaN.
+
+    LLVM looks for NaN lane after lane, but reduces whole numbers in a tree: those that have the
+    order of the floats.
+    """
+    lanes = tvm.DataType(str(x.ty.dtype)).lanes
+    bits = T.reinterpret(x, dtype=vector("int32", lanes))
+    negative = T.shift_right(bits, T.broadcast(T.int32(31), lanes))
+    ordered = bits ^ (negative & T.broadcast(T.int32(0x7FFFFFFF), lanes))
+    largest = T.call_llvm_pure_intrin(
+        T.llvm_lookup_intrinsic_id("llvm.vector.reduce.smax"), ordered, dtype="int32"
     )
+    magnitude = T.shift_right(largest, T.int32(31)) & T.int32(0x7FFFFFFF)
+    return T.reinterpret(largest ^ magnitude, dtype="float32")
 
 
 def reduce_sum(x: Expr, lanes: int) -> Expr:
@@ -112,22 +122,28 @@ def reduce_sum(x: Expr, lanes: int) -> Expr:
     return T.call_pure_extern("float32", f"relaxlm_reduce_sum_{lanes}", x)
 
 
-def import_reduce_sum(function: tirx.PrimFunc, lanes: int) -> tirx.PrimFunc:
-    """Give a kernel the function behind `reduce_sum`.
+def reduce_sum_ir(lanes: int) -> str:
+    """LLVM IR of the function behind `reduce_sum`, for a kernel's `imports`.
 
     The plain LLVM intrinsic adds lanes one after the other unless it carries the flag `reassoc`,
     which TIR can't set. Functions are linked by name across a module, so the width is in the name.
     """
-    ir = f"""
+    return f"""
 define float @relaxlm_reduce_sum_{lanes}(<{lanes} x float> %v) alwaysinline nounwind readnone {{
   %r = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float 0.0, <{lanes} x float> %v)
   ret float %r
 }}
 declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, <{lanes} x float>)
 """
+
+
+def import_reduce_sum(function: tirx.PrimFunc, lanes: int) -> tirx.PrimFunc:
+    """Give a kernel the function behind `reduce_sum`."""
     zero = tirx.const(0, "int32")
     return function.with_body(
-        tirx.AttrStmt(zero, "pragma_import_llvm", tvm.ir.StringImm(ir), function.body)
+        tirx.AttrStmt(
+            zero, "pragma_import_llvm", tvm.ir.StringImm(reduce_sum_ir(lanes)), function.body
+        )
     )
 
 

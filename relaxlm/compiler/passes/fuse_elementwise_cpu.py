@@ -6,8 +6,13 @@
     q, k = rotate(rms_norm(q, ..)), rotate(rms_norm(k, ..))
     pages = append_to_pages(k, v, slots, pages)        ->   q, pages = rope_append(x, .., pages)
 
-The bias and the norms of q and k may be missing. Runs after LowerPagedAttention, which emits the
-append, and before LegalizeOps, which would make a loop nest of each operator.
+The bias and the norms of q and k may be missing. A norm, or silu_mul, that is only read
+by matmuls with rounded activations is written in their form at once:
+
+    r = call_tir(round, add_norm(a, b, w)[1])          ->   x, r = add_norm_rounded(a, b, w)
+
+Runs after LowerPagedAttention, which emits the append, and LowerMatmulCPU, which rounds, and before
+LegalizeOps, which would make a loop nest of each operator.
 """
 
 import re
@@ -19,8 +24,10 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from relaxlm.compiler.kernels.cpu_elementwise import norm_kernel, silu_mul_kernel
 from relaxlm.compiler.kernels.cpu_rope import RopeOptions, rope_append_kernel
+from relaxlm.compiler.kernels.rounding import Rounding
+from relaxlm.compiler.passes.lower_matmul_cpu import ROUNDING
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
-from relaxlm.compiler.passes.rewrite import rewrite_functions
+from relaxlm.compiler.passes.rewrite import rewrite_functions, variables
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.kv_cache import KVFormat
 
@@ -48,7 +55,7 @@ def _calls(expr: Any, kernel: str, operator: str = "call_tir") -> bool:
 class _Rewriter(PyExprMutator):
     def __init__(self, mod: tvm.IRModule, fuse: FuseElementwiseCPU) -> None:
         super().__init__(mod)
-        self.fuse = fuse
+        self.mod, self.fuse = mod, fuse
 
     def rewrite(self, function: relax.Function) -> relax.Expr:
         # Patterns are matched on the function as it was.
@@ -63,7 +70,31 @@ class _Rewriter(PyExprMutator):
                 item = self.value(self.without_norm(value.args[1].fields[0])[0])
                 if isinstance(item, relax.TupleGetItem) and item.index == 0:
                     self.rotated[item.tuple_value] = var
+        self.roundings = self.rounded_only()
         return self.visit_expr(function)
+
+    def rounded_only(self) -> dict[relax.Expr, Rounding]:
+        """Norms and products that are read only to be rounded, all in one way; by their value."""
+        found: dict[relax.Var, set[Rounding | None]] = {}
+        for value in self.bound.values():
+            rounding = self.rounding(value)
+            if rounding is not None:
+                found.setdefault(value.args[1].fields[0], set()).add(rounding)
+                continue
+            for operand in variables(value):
+                found.setdefault(operand, set()).add(None)
+        return {
+            self.bound[var]: rounding
+            for var, (rounding, *others) in ((var, tuple(kinds)) for var, kinds in found.items())
+            if not others and rounding is not None and isinstance(var, relax.DataflowVar)
+        }
+
+    def rounding(self, value: Any) -> Rounding | None:
+        """How a call rounds; None for anything else."""
+        if not _is(value, "call_tir"):
+            return None
+        text = (self.mod[value.args[0]].attrs or {}).get(ROUNDING)
+        return None if text is None else Rounding.parse(str(text))
 
     def value(self, expr: relax.Expr) -> Any:
         """What a variable is bound to; None for anything else."""
@@ -84,7 +115,10 @@ class _Rewriter(PyExprMutator):
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         fused = None
-        if _is(call, "nn.rms_norm"):
+        if self.rounding(call) is not None:
+            x = self.visit_expr(call.args[1].fields[0])
+            fused = x if str(x.ty.dtype) == "int32" else None  # it was written rounded
+        elif _is(call, "nn.rms_norm"):
             fused = self.norm(call)
         elif _is(call, "multiply"):
             fused = self.silu_mul(call)
@@ -111,14 +145,18 @@ class _Rewriter(PyExprMutator):
             and all(_is_float32_matrix(term) for term in add.args)
             and str(add.args[0].ty) == str(add.args[1].ty) == str(x.ty)
         )
-        kernel = norm_kernel(size, float(call.attrs.epsilon), str(weight.ty.dtype), residual)
+        rounding = self.roundings.get(call)
+        kernel = norm_kernel(
+            size, float(call.attrs.epsilon), str(weight.ty.dtype), residual, rounding
+        )
+        ending, ty = _written(call.ty, rounding)
         if not residual:
-            function = self.kernel(kernel, "norm")
+            function = self.kernel(kernel, "norm" + ending)
             arguments = [self.visit_expr(x), self.visit_expr(weight)]
-            return relax.call_tir(function, arguments, call.ty)
-        function = self.kernel(kernel, "add_norm")
+            return relax.call_tir(function, arguments, ty)
+        function = self.kernel(kernel, "add_norm" + ending)
         arguments = [self.visit_expr(part) for part in (*add.args, weight)]
-        both = self.builder_.emit(relax.call_tir(function, arguments, [x.ty, call.ty]))
+        both = self.builder_.emit(relax.call_tir(function, arguments, [x.ty, ty]))
         total = self.builder_.emit(relax.TupleGetItem(both, 0))
         self.set_var_remap(x, total)
         return relax.TupleGetItem(both, 1)
@@ -138,8 +176,11 @@ class _Rewriter(PyExprMutator):
             or 2 * int(call.ty.shape[1]) != int(split.args[0].ty.shape[1])
         ):
             return None
-        function = self.kernel(silu_mul_kernel(int(call.ty.shape[1])), "silu_mul")
-        return relax.call_tir(function, [self.visit_expr(split.args[0])], call.ty)
+        rounding = self.roundings.get(call)
+        ending, ty = _written(call.ty, rounding)
+        kernel = silu_mul_kernel(int(call.ty.shape[1]), rounding)
+        function = self.kernel(kernel, "silu_mul" + ending)
+        return relax.call_tir(function, [self.visit_expr(split.args[0])], ty)
 
     def rope_append(self, call: relax.Call) -> relax.Expr | None:
         k, v, slots, *pages = call.args[1].fields
@@ -192,3 +233,10 @@ class _Rewriter(PyExprMutator):
 def _is_float32_matrix(expr: relax.Expr) -> bool:
     ty = expr.ty
     return isinstance(ty, relax.TensorType) and str(ty.dtype) == "float32" and len(ty.shape) == 2
+
+
+def _written(ty: relax.TensorType, rounding: Rounding | None) -> tuple[str, relax.TensorType]:
+    """What a kernel's name ends with, and the type of what it writes."""
+    if rounding is None:
+        return "", ty
+    return "_rounded", relax.TensorType((ty.shape[0], rounding.row_words), "int32")

@@ -6,21 +6,27 @@ The same for weights that are only cast, or stored as they are used. Without it 
 weight out as float32 first, and multiplies with one thread. Runs before LegalizeOps, with the
 target in scope, whose vectors decide the kernels' tiles.
 
-With `act_quant`, and where the format allows it:
+With `act_quant`, and where the CPU and the format allow it:
 
-    y = matmul(x, ...)   ->   c, s, t = call_tir(quantize, x); y = call_tir(matmul, (c, s, t, ...))
+    y = matmul(x, ...)   ->   r = call_tir(round, x); y = call_tir(rounded_matmul, (r, q, s))
 """
 
 import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from relaxlm.compiler.kernels import cpu_int8
+from relaxlm.compiler.kernels import cpu_rounded
+from relaxlm.compiler.kernels.cpu_elementwise import round_kernel
 from relaxlm.compiler.kernels.cpu_matmul import matmul_kernel
+from relaxlm.compiler.kernels.isa import dot_products
+from relaxlm.compiler.kernels.rounding import Rounding
 from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.vector import vector_unit
 from relaxlm.compiler.passes.rewrite import rewrite_functions
 from relaxlm.compiler.passes.weights import stored_weight
+
+# What says of a call of `round` how it rounds, for passes after this one.
+ROUNDING = "relaxlm.rounding"
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerMatmulCPU")
@@ -28,7 +34,7 @@ class LowerMatmulCPU:
     """The pass.
 
     Args:
-        act_quant: round activations to int8; the target must have `options.ACT_QUANT_FEATURES`.
+        act_quant: round activations where there are kernels for it.
     """
 
     def __init__(self, act_quant: bool = False) -> None:
@@ -42,9 +48,9 @@ class LowerMatmulCPU:
 class _Rewriter(PyExprMutator):
     def __init__(self, mod: tvm.IRModule, act_quant: bool) -> None:
         super().__init__(mod)
-        self.mod, self.act_quant = mod, act_quant
         target = tvm.target.Target.current(allow_none=True)
-        self.unit = vector_unit(target)
+        self.mod, self.unit = mod, vector_unit(target)
+        self.isa = dot_products(target) if act_quant else None
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -67,26 +73,19 @@ class _Rewriter(PyExprMutator):
         weight = stored_weight(self.mod, permute.args[0], self.lookup_binding)
         if weight is None or len(weight.shape) != 2:
             return call
-        dtype = str(weight.stored[-1].ty.dtype)
+        dtype, out_dtype = str(weight.stored[-1].ty.dtype), str(call.ty.dtype)
         matrix = StoredMatrix(*weight.shape, weight.quant, dtype)
-        if self.act_quant and cpu_int8.supports(matrix):
-            return self._int8(call, x, weight.stored, matrix)
-        kernel = matmul_kernel(weight.shape, weight.quant, dtype, str(call.ty.dtype), self.unit)
-        function = self.builder_.add_func(kernel, "matmul")
+        if self.isa and out_dtype == "float32" and cpu_rounded.supports(matrix, self.isa):
+            kernel = cpu_rounded.rounded_matmul_kernel(matrix, self.isa)
+            function = self.builder_.add_func(kernel, "rounded_matmul")
+            x = self.rounded(x, Rounding(matrix.k, self.isa))
+        else:
+            kernel = matmul_kernel(weight.shape, weight.quant, dtype, out_dtype, self.unit)
+            function = self.builder_.add_func(kernel, "matmul")
         return relax.call_tir(function, [x, *weight.stored], call.ty)
 
-    def _int8(
-        self, call: relax.Call, x: relax.Expr, stored: tuple[relax.Expr, ...], matrix: StoredMatrix
-    ) -> relax.Expr:
-        rows, k = x.ty.shape
-        quantize = self.builder_.add_func(cpu_int8.quantize_kernel(int(k)), "quantize")
-        types = [
-            relax.TensorType((rows, matrix.groups * cpu_int8.GROUP_WORDS), "int32"),
-            relax.TensorType((rows, matrix.groups), "float32"),
-            relax.TensorType((rows, matrix.groups), "int32"),
-        ]
-        parts = self.builder_.emit(relax.call_tir(quantize, [x], types))
-        kernel = cpu_int8.int8_matmul_kernel(matrix, str(call.ty.dtype))
-        function = self.builder_.add_func(kernel, "matmul_int8")
-        codes = [self.builder_.emit(relax.TupleGetItem(parts, i)) for i in range(len(types))]
-        return relax.call_tir(function, [*codes, *stored], call.ty)
+    def rounded(self, x: relax.Expr, rounding: Rounding) -> relax.Expr:
+        kernel = round_kernel(rounding).with_attr(ROUNDING, str(rounding))
+        function = self.builder_.add_func(kernel, "round")
+        ty = relax.TensorType((x.ty.shape[0], rounding.row_words), "int32")
+        return self.builder_.emit(relax.call_tir(function, [x], ty))

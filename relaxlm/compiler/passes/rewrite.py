@@ -7,6 +7,18 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator
 
 
+def variables(value: relax.Expr) -> list[relax.Var]:
+    """The variables that an expression reads, each as often as it does."""
+    found: list[relax.Var] = []
+
+    def visit(expr: relax.Expr) -> None:
+        if isinstance(expr, relax.Var):
+            found.append(expr)
+
+    relax.analysis.post_order_visit(value, visit)
+    return found
+
+
 def rewrite_functions(
     mod: tvm.IRModule,
     rewriter: PyExprMutator,

@@ -14,7 +14,7 @@ from tvm import relax, te
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm_ffi import structural_equal
 
-from relaxlm.compiler.passes.rewrite import rewrite_functions
+from relaxlm.compiler.passes.rewrite import rewrite_functions, variables
 
 # Operators that keep rows apart, whatever their attributes.
 _ELEMENTWISE = ("add", "subtract", "multiply", "divide", "astype", "tanh")
@@ -53,17 +53,6 @@ def _take_rows(x: te.Tensor, rows: te.Tensor) -> te.Tensor:
     return te.compute(shape, lambda i, *rest: x[(rows[i], *rest)], name="take_rows")
 
 
-def _operands(value: relax.Expr) -> list[relax.Var]:
-    found: list[relax.Var] = []
-
-    def visit(expr: relax.Expr) -> None:
-        if isinstance(expr, relax.Var):
-            found.append(expr)
-
-    relax.analysis.post_order_visit(value, visit)
-    return found
-
-
 @mutator
 class _Rewriter(PyExprMutator):
     def __init__(self, mod: tvm.IRModule) -> None:
@@ -81,7 +70,7 @@ class _Rewriter(PyExprMutator):
         self.n = x.ty.shape[0]
         users: dict[relax.Var, list[relax.Var]] = {}
         for binding in bindings:
-            for operand in _operands(binding.value):
+            for operand in variables(binding.value):
                 users.setdefault(operand, []).append(binding.var)
         for binding in reversed(bindings):
             if (
