@@ -12,7 +12,7 @@ the high ones the odd elements; `packed` has x in that order.
                  are [row, group] and the eight dot products of a group add up before scaling;
                  more than 8 rows of x are done in two passes over the four rows of W
 
-Memory is asked for ahead, in the order of its addresses: a thread reads one stream.
+Memory is asked for ahead, so that what four rows of W need next arrives as one stream.
 """
 
 from tvm import tirx
@@ -39,6 +39,8 @@ ROWS = 4
 TILE = 8
 # How far ahead of the arithmetic memory is fetched, in bytes.
 AHEAD = 4096
+# Lines of rows this many bytes apart get into each other's way; as measured, and see `_few`.
+SETS = 1024
 NIBBLES = 0x0F0F0F0F
 
 
@@ -165,6 +167,8 @@ def _few(stored: _Stored, m: Expr, packed: tirx.Buffer, out: tirx.Buffer, rows: 
     # Whole fours of rows ahead, so that what is asked for goes on where the last four stopped.
     four_rows = ROWS * stored.matrix.words * 4
     ahead = -(-AHEAD // four_rows) * four_rows
+    # Best is the order of the arithmetic, unless the four lines fall into the same cache sets.
+    by_rows = stored.matrix.words * 4 % SETS != 0
     with T.parallel(-(-n // ROWS)) as task:
         tiles = (m + TILE - 1) // TILE if rows == TILE else 1
         with T.serial(tiles) as tile:
@@ -179,7 +183,10 @@ def _few(stored: _Stored, m: Expr, packed: tirx.Buffer, out: tirx.Buffer, rows: 
                 _put(sums, i * LANES, splat(0.0, LANES))
             with T.serial(stored.steps) as step:
                 for i in range(ROWS):
-                    stored.fetch(T.cast(task, "int64") * ROWS, step * ROWS + i, ahead)
+                    if by_rows:
+                        stored.fetch(_row(task, i, n), step, ahead)
+                    else:
+                        stored.fetch(_row(task, 0, n), step * ROWS + i, ahead)
                 _exchange(stored, task, step, codes)
                 four = [stored.four_scales(_row(task, r, n), step) for r in range(ROWS)]
                 _put(factors, 0, to_float32(_shuffle(four, range(LANES)), LANES))

@@ -6,9 +6,12 @@ with tiles of a few rows of x, whose sums stay in registers. So a weight is read
 whatever the batch, and widening is paid once per step, too.
 """
 
+from tvm import tirx
 from tvm.ir import Expr
-from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as T
 
+from relaxlm.compiler.kernels.builder import scratch
+from relaxlm.compiler.kernels.cpu_gemv import Emitter
 from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.vector import (
     VectorUnit,
@@ -22,11 +25,8 @@ from relaxlm.compiler.kernels.vector import (
 PANEL = 256
 
 
-def gemm(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit):
-    """A macro (m, x [m, k], words, scales, out [m, n]).
-
-    `words` and `scales` are views with one dimension; `scales` is not read if there are none.
-    """
+def gemm(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit) -> Emitter:
+    """What emits the product for any m."""
     n, k, per_word, quant = matrix.n, matrix.k, matrix.per_word, matrix.quant
     lanes = next(width for width in (16, 8, 4, 2, 1) if width <= min(n, unit.lanes))
     halves = 2 if n >= 2 * lanes else 1
@@ -122,22 +122,20 @@ def gemm(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit):
     def put(buffer, at, value) -> None:
         T.buffer_store(buffer, value, [across(at)])
 
-    @T.macro
-    def run(m, x, words, scales, out):
-        for task in T.parallel((n + wide - 1) // wide):
-            panel = T.decl_buffer((depth * wide,), "float32", scope="global")
+    def run(
+        m: Expr, x: tirx.Buffer, words: tirx.Buffer, scales: tirx.Buffer, out: tirx.Buffer
+    ) -> None:
+        with T.parallel((n + wide - 1) // wide) as task:
+            panel = scratch(depth * wide, "float32")
             # Sums between blocks of K. Not in `out`: the last tasks may overlap.
-            carried = T.decl_buffer(
-                ((m + tile - 1) // tile * (tile * wide if blocks > 1 else 0),),
-                "float32",
-                scope="global",
+            carried = scratch(
+                (m + tile - 1) // tile * (tile * wide if blocks > 1 else 0), "float32"
             )
-            factor = T.decl_buffer((lanes,), "float32", scope="global")
-            left = T.decl_buffer((tile * lanes,), "float32", scope="global")
-            right = T.decl_buffer((tile * lanes,), "float32", scope="global")
-            for block in T.serial(blocks):
+            factor = scratch(lanes, "float32")
+            left, right = scratch(tile * lanes, "float32"), scratch(tile * lanes, "float32")
+            with T.serial(blocks) as block:
                 fill(task, block, words, scales, panel, factor)
-                for number in T.serial((m + tile - 1) // tile):
+                with T.serial((m + tile - 1) // tile) as number:
                     multiply(m, x, out, task, block, number, panel, [left, right][:halves], carried)
 
     return run

@@ -6,9 +6,13 @@ of the inner loop takes one vector of words from each row of a block, and fetche
 the order of addresses, so that the rows of a block are one stream to the memory, not several.
 """
 
-from tvm.ir import Expr
-from tvm.script import tirx as T
+from collections.abc import Callable
 
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from relaxlm.compiler.kernels.builder import scratch
 from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.vector import (
     VectorUnit,
@@ -27,17 +31,20 @@ AHEAD = 4096
 # Rows of W that share what is read of x, where there is more than one row of x.
 BLOCK = 2
 
+# (m, x [m, k], words, scales, out [m, n]): emits out = x @ W.T. `words` and `scales` are views with
+# one dimension; `scales` is not read if there are none.
+Emitter = Callable[[Expr, tirx.Buffer, tirx.Buffer, tirx.Buffer, tirx.Buffer], None]
+
 
 def vector_words(matrix: StoredMatrix, unit: VectorUnit) -> int:
     """Words of a row that one vector holds."""
     return next(width for width in (16, 8, 4, 2, 1) if width <= min(matrix.words, unit.lanes))
 
 
-def gemv(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit, rows: int):
-    """A macro (m, x [m, k], words, scales, out [m, n]) for 1 <= m <= `rows`.
+def gemv(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit, rows: int) -> Emitter:
+    """What emits the product for 1 <= m <= `rows`; see `Emitter`.
 
-    `words` and `scales` are views with one dimension; `scales` is not read if there are none. The
-    kernel needs `import_reduce_sum` for `vector_words` lanes.
+    The kernel needs `reduce_sum_ir` for `vector_words` lanes.
     """
     n, k, per_word, quant = matrix.n, matrix.k, matrix.per_word, matrix.quant
     width = vector_words(matrix, unit)
@@ -113,26 +120,23 @@ def gemv(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit, rows: int):
             total = T.cast(reduce_sum(lanes(sums, row * width), width), out_dtype)
             T.buffer_store(out, total, [T.min(row, m - 1), weight_row(task, r)])
 
-    @T.macro
-    def run(m, x, words, scales, out):
-        ordered = T.decl_buffer((rows * steps * per_word * width,), "float32", scope="global")
+    def run(
+        m: Expr, x: tirx.Buffer, words: tirx.Buffer, scales: tirx.Buffer, out: tirx.Buffer
+    ) -> None:
+        ordered = scratch(rows * steps * per_word * width, "float32")
         reorder(m, x, ordered)
-        for task in T.parallel((n + block - 1) // block):
-            sums = T.decl_buffer((rows * width,), "float32", scope="global")
-            more = T.decl_buffer((rows * width,), "float32", scope="global")
-            factor = T.decl_buffer((width,), "float32", scope="global")
-            part = T.decl_buffer((width,), "float32", scope="global")
-            for i in T.unroll(rows):
-                sums[T.ramp(i * width, 1, width)] = splat(0.0, width)
-                more[T.ramp(i * width, 1, width)] = splat(0.0, width)
-            for step in T.serial(steps):
-                for i in T.unroll((block * width + line - 1) // line):
+        with T.parallel((n + block - 1) // block) as task:
+            sums = [scratch(rows * width, "float32") for _ in range(block)]
+            factor, part = scratch(width, "float32"), scratch(width, "float32")
+            for total in sums:
+                for row in range(rows):
+                    put(total, row * width, splat(0.0, width))
+            with T.serial(steps) as step:
+                for i in range((block * width + line - 1) // line):
                     prefetch(T.address_of(words[ahead(task, step, i)]))
-                add_row(words, scales, ordered, task, step, 0, sums, factor, part)
-                if block > 1:
-                    add_row(words, scales, ordered, task, step, 1, more, factor, part)
-            store(m, task, 0, sums, out)
-            if block > 1:
-                store(m, task, 1, more, out)
+                for r, total in enumerate(sums):
+                    add_row(words, scales, ordered, task, step, r, total, factor, part)
+            for r, total in enumerate(sums):
+                store(m, task, r, total, out)
 
     return run

@@ -10,16 +10,20 @@ The number of rows is known when a kernel runs, so one function holds all of the
 import functools
 
 from tvm import tirx
-from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as T
 
+from relaxlm.compiler.kernels.builder import emit, flat, length, tensor
 from relaxlm.compiler.kernels.cpu_gemm import gemm
 from relaxlm.compiler.kernels.cpu_gemv import gemv, vector_words
 from relaxlm.compiler.kernels.stored import StoredMatrix
-from relaxlm.compiler.kernels.vector import VectorUnit, as_relax_kernel, import_reduce_sum
+from relaxlm.compiler.kernels.vector import VectorUnit, reduce_sum_ir
 from relaxlm.quantization.groupwise import GroupQuant
 
+# The most rows of x that a kernel of each of these sizes does at a time.
+FEW = (1, 4, 8)
 
-@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
+
+@functools.cache  # every layer asks
 def matmul_kernel(
     shape: tuple[int, int],
     quant: GroupQuant | None,
@@ -38,51 +42,25 @@ def matmul_kernel(
     """
     n, k = shape
     matrix = StoredMatrix(n, k, quant, dtype)
-    size = n * matrix.words
-    one, four, eight = (gemv(matrix, out_dtype, unit, rows) for rows in (1, 4, 8))
-    many = gemm(matrix, out_dtype, unit)
 
-    @T.macro
-    def run(m, x, weight, scales, out):
-        words = T.decl_buffer((size,), matrix.word_dtype, data=weight.data)
-        if matrix.columns:
-            many(m, x, words, scales, out)
-        else:
-            if m == 1:
-                one(m, x, words, scales, out)
-            else:
-                if m <= 4:
-                    four(m, x, words, scales, out)
-                else:
-                    if m <= 8:
-                        eight(m, x, words, scales, out)
-                    else:
-                        many(m, x, words, scales, out)
+    def body() -> None:
+        m = length("m")
+        x = tensor("x", (m, k), "float32")
+        weight = tensor("weight", matrix.word_shape, matrix.word_dtype)
+        scale = weight if quant is None else tensor("scale", matrix.scale_shape, dtype)
+        out = tensor("out", (m, n), out_dtype)
+        words, scales = flat(weight), flat(scale)
 
-    if quant is None:
+        def choose(sizes: tuple[int, ...]) -> None:
+            if not sizes:
+                gemm(matrix, out_dtype, unit)(m, x, words, scales, out)
+                return
+            with T.If(m <= sizes[0]):
+                with T.Then():
+                    gemv(matrix, out_dtype, unit, sizes[0])(m, x, words, scales, out)
+                with T.Else():
+                    choose(sizes[1:])
 
-        @T.prim_func(s_tir=True, check_well_formed=False)
-        def matmul(x_h: T.handle, weight: T.Buffer(matrix.word_shape, dtype), out_h: T.handle):
-            T.func_attr({"tirx.noalias": True})
-            m = T.int64()
-            x = T.match_buffer(x_h, (m, k), "float32")
-            out = T.match_buffer(out_h, (m, n), out_dtype)
-            run(m, x, weight, weight, out)
+        choose(() if matrix.columns else FEW)
 
-    else:
-
-        @T.prim_func(s_tir=True, check_well_formed=False)
-        def matmul(
-            x_h: T.handle,
-            weight: T.Buffer(matrix.word_shape, "uint32"),
-            scale: T.Buffer(matrix.scale_shape, dtype),
-            out_h: T.handle,
-        ):
-            T.func_attr({"tirx.noalias": True})
-            m = T.int64()
-            x = T.match_buffer(x_h, (m, k), "float32")
-            out = T.match_buffer(out_h, (m, n), out_dtype)
-            scales = T.decl_buffer((n * matrix.groups,), dtype, data=scale.data)
-            run(m, x, weight, scales, out)
-
-    return as_relax_kernel(import_reduce_sum(matmul, vector_words(matrix, unit)))
+    return emit(body, [reduce_sum_ir(vector_words(matrix, unit))])
