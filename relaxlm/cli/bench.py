@@ -22,7 +22,7 @@ def bench(
     ] = "512",
     context: Annotated[
         str, typer.Option("--context", help="Tokens in the cache before decoding: 128,4096.")
-    ] = "128,1024",
+    ] = "128",
     batch: Annotated[
         str,
         typer.Option(
@@ -51,10 +51,9 @@ def bench(
     from relaxlm.cli.report import compile_progress
     from relaxlm.profiling.benchmark import STEPS, run
     from relaxlm.profiling.session import Session
-    from relaxlm.runtime.threads import VARIABLE, usable_cores
+    from relaxlm.runtime.threads import VARIABLE, set_threads
 
-    if threads is not None:
-        os.environ[VARIABLE] = str(threads)  # read at the first parallel kernel
+    set_threads(threads)
     prompts, contexts = _numbers("--prompt", prompt), _numbers("--context", context)
     batches = _numbers("--batch", batch)
     decodes = [(tokens, 1) for tokens in contexts if 1 in batches]
@@ -66,7 +65,7 @@ def bench(
     info = session.executor.metadata
     typer.echo(
         f"{folder}: {info.model_type}, {info.quantization}, {info.kv_cache.dtype} cache; "
-        f"{info.target.kind}, {os.environ.get(VARIABLE, usable_cores())} threads"
+        f"{info.target.kind}, {os.environ[VARIABLE]} threads"
     )
     # Nothing is shown where output is no terminal.
     with Console(stderr=True).status("") as status:

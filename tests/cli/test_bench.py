@@ -50,5 +50,5 @@ def test_numbers_that_are_none(bench) -> None:
 def test_more_than_the_library_takes(bench) -> None:
     result = bench("--prompt", "8", "--context", "8", "--batch", "200")
     assert result.exit_code == 1 and '--overrides "max_batch_size=200"' in result.stderr
-    result = bench("--prompt", "300")
+    result = bench("--prompt", "300", "--context", "8")
     assert result.exit_code == 1 and '--overrides "context_window_size=300"' in result.stderr

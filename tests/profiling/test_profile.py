@@ -1,0 +1,105 @@
+"""Profiles: which kernels ran, what they had to do, and whose time it was."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from relaxlm.profiling.instrument import Argument, Call, Instrument
+from relaxlm.profiling.profile import profile_decode, profile_prefill, summarize
+from relaxlm.profiling.session import Session
+from relaxlm.profiling.work import Work
+from tests.tiny_model import VOCAB, TinyModel
+
+LAYERS, HIDDEN, MID = 2, 64, 96
+
+
+@pytest.fixture(scope="module")
+def session(tiny: TinyModel) -> Session:
+    return Session.load(tiny.folder, tiny.library, room=[(1, 64), (3, 40)])
+
+
+def test_every_matrix_once_and_all_of_the_step(session: Session) -> None:
+    step = profile_prefill(session, 33, 2)
+    matrices = [part for part in step.kernels if part.operations and "k, v" not in part.on]
+    assert {(part.on, part.calls) for part in matrices} == {
+        *(("self_attn.qkv_proj", LAYERS), ("self_attn.o_proj", LAYERS)),
+        *(("mlp.gate_up_proj", LAYERS), ("mlp.down_proj", LAYERS), ("lm_head", 1)),
+    }
+    [gate] = [part for part in matrices if part.on == "mlp.gate_up_proj"]
+    # The last layer computes only the row whose logits are wanted.
+    assert gate.operations == 2 * (33 + 1) * HIDDEN * 2 * MID
+    assert gate.nbytes == 4 * (LAYERS * HIDDEN * 2 * MID + (33 + 1) * (HIDDEN + 2 * MID))
+    assert [part.name for part in step.layers] == ["before", "0", "1", "after"]
+    for parts in (step.kernels, step.layers):
+        total = sum(part.seconds for part in parts)
+        assert step.outside == pytest.approx(max(0, step.seconds - total))
+    seconds = [part.seconds for part in step.kernels]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_decoding_reads_the_weights_and_the_cache(session: Session) -> None:
+    step = profile_decode(session, 20, 3, 2)
+    assert step.tokens == 3
+    work = Work.of(session.executor.metadata)
+    operations = sum(part.operations for part in step.kernels)
+    assert operations == 3 * work.operations(1, 20, 1)
+    [attention] = [part for part in step.kernels if part.operations and "k, v" in part.on]
+    least = 3 * 21 * work.cache_bytes
+    assert least <= attention.nbytes < least + 10_000  # tables, queries and results
+    [lookup] = [part for part in step.kernels if part.on == "embed_tokens"]
+    assert lookup.nbytes == 3 * 4 + 2 * 3 * HIDDEN * 4  # ids, rows read, rows written
+
+
+def test_a_watched_step_computes_the_same(session: Session) -> None:
+    executor, sequences = session.executor, session.sequences
+    ids = np.arange(9, dtype=np.int32)
+
+    def logits() -> np.ndarray:
+        seq = sequences.add()
+        found = executor.forward(sequences.batch([(seq, 9)]), ids, np.array([8], np.int32)).copy()
+        sequences.free(seq)
+        return found
+
+    plain, instrument = logits(), Instrument(executor)
+    with instrument.record() as calls:
+        np.testing.assert_array_equal(logits(), plain)
+    with instrument.measure() as seconds:
+        np.testing.assert_array_equal(logits(), plain)
+    assert len(calls) == len(seconds) > 10 and min(seconds) > 0
+    assert calls[-1].arguments[-1].shape == (1, VOCAB)
+    before = len(calls)
+    logits()
+    assert len(calls) == before  # nobody watches any more
+
+
+def test_parameters_of_a_layer_name_it(session: Session) -> None:
+    x = Argument((5, HIDDEN), "float32", "")
+    calls = [
+        Call("lookup", (Argument((VOCAB, HIDDEN), "float32", "model.embed_tokens.weight"), x)),
+        Call("add", (x, x)),
+        Call("norm", (x, Argument((HIDDEN,), "float32", "model.layers.0.norm.weight"), x)),
+        Call("add", (x, x)),
+        Call("norm", (x, Argument((HIDDEN,), "float32", "model.layers.1.norm.weight"), x)),
+        Call("norm", (x, Argument((HIDDEN,), "float32", "model.norm.weight"), x)),
+        Call("add", (x, x)),
+    ]
+    seconds = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    step = summarize(session.executor.metadata, "", 5, [(0, 5)], calls, seconds, [30.0])
+    found = [(part.name, part.seconds) for part in step.layers]
+    assert found == [("before", 3.0), ("0", 7.0), ("1", 5.0), ("after", 13.0)]
+    assert step.outside == 2.0
+    kernels = {(part.name, part.on): part.calls for part in step.kernels}
+    assert kernels == {
+        **{("lookup", "embed_tokens"): 1, ("add", ""): 3},
+        **{("norm", "norm"): 3},
+    }
+
+
+def test_picture(session: Session, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawing needs relaxlm[plot]")
+    from relaxlm.profiling.plot import draw
+
+    steps = [profile_prefill(session, 8, 1), profile_decode(session, 8, 1, 1)]
+    draw(steps, tmp_path / "steps.png", "tiny")
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
