@@ -17,7 +17,6 @@ from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.vector import (
     VectorUnit,
     multiply_add,
-    prefetch,
     reduce_sum,
     splat,
     spread,
@@ -34,6 +33,16 @@ BLOCK = 2
 # (m, x [m, k], words, scales, out [m, n]): emits out = x @ W.T. `words` and `scales` are views with
 # one dimension; `scales` is not read if there are none.
 Emitter = Callable[[Expr, tirx.Buffer, tirx.Buffer, tirx.Buffer, tirx.Buffer], None]
+
+
+def fetch(address: Expr) -> None:
+    """Emit a request for a cache line; an address beyond the tensor does no harm.
+
+    Into the second-level cache: the first has too few places for lines on their way to it.
+    """
+    intrinsic = T.llvm_lookup_intrinsic_id("llvm.prefetch")
+    arguments = (address, T.int32(0), T.int32(2), T.int32(1))
+    T.evaluate(T.call_llvm_intrin("void", intrinsic, *arguments))
 
 
 def vector_words(matrix: StoredMatrix, unit: VectorUnit) -> int:
@@ -96,24 +105,25 @@ def gemv(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit, rows: int) -> E
                 value = element(x, m, row, step, i, lane) * matrix.unshift(i)
                 T.buffer_store(ordered, value, [place(row, step, i) + lane])
 
-    def add_row(words, scales, ordered, task, step, r, sums, factor, part) -> None:
-        """One row of x: scale the sums of a step. More: scale the weights, which they share."""
-        if quant is not None:
-            put(factor, 0, scale(scales, task, r, step))
-        if rows == 1 and quant is not None:
-            product = code(words, task, r, step, 0) * lanes(ordered, place(0, step, 0))
-            for i in range(1, per_word):
-                other = lanes(ordered, place(0, step, i))
-                product = multiply_add(code(words, task, r, step, i), other, product)
-            put(sums, 0, multiply_add(product, lanes(factor, 0), lanes(sums, 0)))
-            return
+    def add_one(words, ordered, task, step, total, factor) -> None:
+        """One row of x: scale the sum of a step, which holds as many products as a word has codes."""
+        product = code(words, task, 0, step, 0) * lanes(ordered, place(0, step, 0))
+        for i in range(1, per_word):
+            other = lanes(ordered, place(0, step, i))
+            product = multiply_add(code(words, task, 0, step, i), other, product)
+        put(total, 0, multiply_add(product, lanes(factor, 0), lanes(total, 0)))
+
+    def add_rows(words, ordered, task, step, sums, factors, parts) -> None:
+        """Some rows of x: scale the weights, which they share; x is read once for all of `block`."""
         for i in range(per_word):
-            weight = code(words, task, r, step, i)
-            put(part, 0, weight if quant is None else weight * lanes(factor, 0))
+            for r, (part, factor) in enumerate(zip(parts, factors, strict=True)):
+                weight = code(words, task, r, step, i)
+                put(part, 0, weight if quant is None else weight * lanes(factor, 0))
             for row in range(rows):
                 other = lanes(ordered, place(row, step, i))
-                total = multiply_add(lanes(part, 0), other, lanes(sums, row * width))
-                put(sums, row * width, total)
+                for part, total in zip(parts, sums, strict=True):
+                    added = multiply_add(lanes(part, 0), other, lanes(total, row * width))
+                    put(total, row * width, added)
 
     def store(m, task, r, sums, out) -> None:
         for row in range(rows):
@@ -127,15 +137,21 @@ def gemv(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit, rows: int) -> E
         reorder(m, x, ordered)
         with T.parallel((n + block - 1) // block) as task:
             sums = [scratch(rows * width, "float32") for _ in range(block)]
-            factor, part = scratch(width, "float32"), scratch(width, "float32")
+            factors = [scratch(width, "float32") for _ in range(block)]
+            parts = [scratch(width, "float32") for _ in range(block)]
             for total in sums:
                 for row in range(rows):
                     put(total, row * width, splat(0.0, width))
             with T.serial(steps) as step:
                 for i in range((block * width + line - 1) // line):
-                    prefetch(T.address_of(words[ahead(task, step, i)]))
-                for r, total in enumerate(sums):
-                    add_row(words, scales, ordered, task, step, r, total, factor, part)
+                    fetch(T.address_of(words[ahead(task, step, i)]))
+                if quant is not None:
+                    for r, factor in enumerate(factors):
+                        put(factor, 0, scale(scales, task, r, step))
+                if rows == 1 and quant is not None:
+                    add_one(words, ordered, task, step, sums[0], factors[0])
+                else:
+                    add_rows(words, ordered, task, step, sums, factors, parts)
             for r, total in enumerate(sums):
                 store(m, task, r, total, out)
 
