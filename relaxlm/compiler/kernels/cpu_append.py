@@ -6,13 +6,17 @@ are needed; values are [heads, page, head_dim]. Scales of an fp8 cache are [head
 """
 
 import functools
+import math
+from dataclasses import dataclass
 
 from tvm import tirx
-from tvm.script import tirx as T
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor
+from relaxlm.compiler.kernels.builder import emit, flat, length, scratch, tensor
 from relaxlm.compiler.kernels.cpu_float8 import encode_e4m3
-from relaxlm.compiler.kernels.vector import as_relax_kernel
+from relaxlm.compiler.kernels.vector import reduce_max, splat, to_float32, vector
 from relaxlm.quantization.kv_cache import E4M3_MAX, KVFormat
 
 
@@ -29,94 +33,97 @@ def page_tensors(shape: AttentionShape, format: KVFormat) -> tuple[PageTensor, .
     return tuple(tensors)
 
 
-def store_macro(shape: AttentionShape, format: KVFormat):
-    """A TVMScript macro that puts the key and value of one token and head into their page.
+@dataclass(frozen=True)
+class PageWriter:
+    """The page tensors as parameters of a kernel; only an fp8 cache has scales."""
 
-    (head, slot, k [dim], v [dim] float32, k_pages, v_pages, k_scales, v_scales); the scales are
-    those of an fp8 cache, else never touched.
-    """
-    dim, page = shape.head_dim, shape.page_size
+    shape: AttentionShape
+    format: KVFormat
+    k: tirx.Buffer
+    v: tirx.Buffer
+    k_scales: tirx.Buffer | None
+    v_scales: tirx.Buffer | None
 
-    def code(value):
-        return encode_e4m3(value) if format.scaled else T.cast(value, format.dtype)
+    @staticmethod
+    def declare(shape: AttentionShape, format: KVFormat) -> "PageWriter":
+        """Declare the parameters, in the order of `page_tensors`."""
+        total = length("pages")
+        k, v, *scales = (
+            tensor(spec.name, (total, *spec.page_shape), spec.dtype)
+            for spec in page_tensors(shape, format)
+        )
+        return PageWriter(shape, format, k, v, *(scales or (None, None)))
 
-    @T.macro
-    def store(head, slot, k, v, k_pages, v_pages, k_scales, v_scales):
-        if format.scaled:
-            largest = T.decl_buffer((2,), "float32", scope="global")
-            largest[0] = T.float32(1e-20)
-            largest[1] = T.float32(1e-20)
-            for d in T.serial(dim):
-                largest[0] = T.max(largest[0], T.abs(k[d]))
-                largest[1] = T.max(largest[1], T.abs(v[d]))
-            k_scales[slot // page, head, slot % page] = largest[0] * T.float32(1 / E4M3_MAX)
-            v_scales[slot // page, head, slot % page] = largest[1] * T.float32(1 / E4M3_MAX)
-            for d in T.serial(dim):
-                k[d] = k[d] / (largest[0] * T.float32(1 / E4M3_MAX))
-                v[d] = v[d] / (largest[1] * T.float32(1 / E4M3_MAX))
-        for d in T.serial(dim):
-            k_pages[slot // page, head, d, slot % page] = code(k[d])
-        for d in T.serial(dim):
-            v_pages[slot // page, head, slot % page, d] = code(v[d])
+    @property
+    def lanes(self) -> int:
+        return math.gcd(self.shape.head_dim, 16)
 
-    return store
+    def store(self, slot: Expr, head: Expr, key: tirx.Buffer, value: tirx.Buffer) -> None:
+        """Put the key and value [dim] float32 of a token and KV head into its place."""
+        heads, dim, page = self.shape.kv_heads, self.shape.head_dim, self.shape.page_size
+        place, keys = slot % page, flat(self.k)
+        # 64 bits: a cache may hold more than 2**31 elements.
+        at = [T.Cast("int64", slot // page), head]
+        first = (at[0] * heads + T.Cast("int64", head)) * (dim * page) + place
+
+        def key_place(i: Expr) -> tuple[tirx.Buffer, list]:
+            start = first + T.Cast("int64", i) * page
+            return keys, [T.ramp(start, page, self.lanes) if self.lanes > 1 else start]
+
+        def value_place(i: Expr) -> tuple[tirx.Buffer, list]:
+            return self.v, [*at, place, T.ramp(i, 1, self.lanes) if self.lanes > 1 else i]
+
+        self._store(key, self.k_scales, [*at, place], key_place)
+        self._store(value, self.v_scales, [*at, place], value_place)
+
+    def _store(self, row: tirx.Buffer, scales: tirx.Buffer | None, at_scale: list, place) -> None:
+        lanes = self.lanes
+
+        def loaded(i: Expr) -> Expr:
+            return row.vload([i * lanes], vector("float32", lanes))
+
+        def put(i: Expr, codes: Expr) -> None:
+            pages, index = place(i * lanes)
+            T.buffer_store(pages, codes, index)
+
+        if scales is None:
+            with T.serial(self.shape.head_dim // lanes) as i:
+                put(i, T.cast(loaded(i), vector(self.format.dtype, lanes)))
+            return
+        largest, scale = scratch(lanes, "float32"), scratch(1, "float32")
+        T.buffer_store(largest, splat(1e-20, lanes), [_span(0, lanes)])
+        with T.serial(self.shape.head_dim // lanes) as i:
+            most = T.max(largest.vload([0], vector("float32", lanes)), T.abs(loaded(i)))
+            T.buffer_store(largest, most, [_span(0, lanes)])
+        most = reduce_max(largest.vload([0], vector("float32", lanes))) if lanes > 1 else largest[0]
+        T.buffer_store(scale, most * T.float32(1 / E4M3_MAX), [0])
+        T.buffer_store(scales, scale[0], at_scale)
+        with T.serial(self.shape.head_dim // lanes) as i:
+            put(i, encode_e4m3(loaded(i) / splat(scale[0], lanes), lanes))
 
 
-@functools.cache  # parsing TVMScript takes 0.2 s, and every layer asks
+def _span(start: Expr | int, lanes: int) -> Expr | int:
+    return T.ramp(start, 1, lanes) if lanes > 1 else start
+
+
+@functools.cache  # every layer asks
 def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.PrimFunc:
     """(k, v [n, heads, dim], slots [n], *page tensors) -> page tensors, written in place."""
-    heads, dim, page = shape.kv_heads, shape.head_dim, shape.page_size
+    heads, dim = shape.kv_heads, shape.head_dim
 
-    store = store_macro(shape, format)
+    def body() -> None:
+        n = length("n")
+        k, v = (tensor(name, (n, heads, dim), dtype) for name in ("key", "value"))
+        slots = tensor("slots", (n,), "int32")
+        pages = PageWriter.declare(shape, format)
+        lanes = pages.lanes
+        with T.parallel(n) as token:
+            rows = [scratch(dim, "float32") for _ in range(2)]
+            with T.serial(heads) as head:
+                for source, row in zip((k, v), rows, strict=True):
+                    with T.serial(dim // lanes) as i:
+                        loaded = source.vload([token, head, i * lanes], vector(dtype, lanes))
+                        T.buffer_store(row, to_float32(loaded, lanes), [_span(i * lanes, lanes)])
+                pages.store(slots[token], head, *rows)
 
-    @T.macro
-    def append_token(k, v, slot, token, k_pages, v_pages, k_scales, v_scales):
-        key = T.decl_buffer((dim,), "float32", scope="global")
-        value = T.decl_buffer((dim,), "float32", scope="global")
-        for head in T.serial(heads):
-            for d in T.serial(dim):
-                key[d] = T.cast(k[token, head, d], "float32")
-                value[d] = T.cast(v[token, head, d], "float32")
-            store(head, slot, key, value, k_pages, v_pages, k_scales, v_scales)
-
-    if format.scaled:
-
-        @T.prim_func(s_tir=True, check_well_formed=False)
-        def append_scaled(
-            k_h: T.handle,
-            v_h: T.handle,
-            slots_h: T.handle,
-            k_pages_h: T.handle,
-            v_pages_h: T.handle,
-            k_scales_h: T.handle,
-            v_scales_h: T.handle,
-        ):
-            T.func_attr({"tirx.noalias": True})
-            n, pages = T.int64(), T.int64()
-            k = T.match_buffer(k_h, (n, heads, dim), dtype)
-            v = T.match_buffer(v_h, (n, heads, dim), dtype)
-            slots = T.match_buffer(slots_h, (n,), "int32")
-            k_pages = T.match_buffer(k_pages_h, (pages, heads, dim, page), "uint8")
-            v_pages = T.match_buffer(v_pages_h, (pages, heads, page, dim), "uint8")
-            k_scales = T.match_buffer(k_scales_h, (pages, heads, page), "float32")
-            v_scales = T.match_buffer(v_scales_h, (pages, heads, page), "float32")
-            for token in T.parallel(n):
-                append_token(k, v, slots[token], token, k_pages, v_pages, k_scales, v_scales)
-
-        return as_relax_kernel(append_scaled)
-
-    @T.prim_func(s_tir=True, check_well_formed=False)
-    def append(
-        k_h: T.handle, v_h: T.handle, slots_h: T.handle, k_pages_h: T.handle, v_pages_h: T.handle
-    ):
-        T.func_attr({"tirx.noalias": True})
-        n, pages = T.int64(), T.int64()
-        k = T.match_buffer(k_h, (n, heads, dim), dtype)
-        v = T.match_buffer(v_h, (n, heads, dim), dtype)
-        slots = T.match_buffer(slots_h, (n,), "int32")
-        k_pages = T.match_buffer(k_pages_h, (pages, heads, dim, page), format.dtype)
-        v_pages = T.match_buffer(v_pages_h, (pages, heads, page, dim), format.dtype)
-        for token in T.parallel(n):
-            append_token(k, v, slots[token], token, k_pages, v_pages, k_pages, v_pages)
-
-    return as_relax_kernel(append)
+    return emit(body)

@@ -1,0 +1,188 @@
+"""What CPU attention reads: the tables of a step, and the keys and values on the cache's pages."""
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from relaxlm.compiler.kernels.attention import AttentionShape
+from relaxlm.compiler.kernels.builder import length, tensor
+from relaxlm.compiler.kernels.cpu_float8 import decode_e4m3
+from relaxlm.compiler.kernels.vector import prefetch, splat, to_float32, vector
+from relaxlm.quantization.kv_cache import KVFormat
+
+# Pages per round of the online softmax: even, and a multiple of what is summed side by side.
+PAGES = 8
+# Below any real score, but finite: a page of masked tokens must not give inf - inf.
+MASKED = -1e30
+# The position of tokens that are not there: after every query.
+NOWHERE = 2**30
+LINE = 64
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The kernel's arguments; the scales are those of an fp8 cache, else never read."""
+
+    shape: AttentionShape
+    q: tirx.Buffer
+    positions: tirx.Buffer
+    row_offsets: tirx.Buffer
+    page_offsets: tirx.Buffer
+    page_ids: tirx.Buffer
+    dropped: tirx.Buffer
+    k: tirx.Buffer
+    v: tirx.Buffer
+    k_scales: tirx.Buffer
+    v_scales: tirx.Buffer
+    out: tirx.Buffer
+
+    @staticmethod
+    def declare(shape: AttentionShape, format: KVFormat, dtype: str) -> "Tables":
+        """Declare the parameters of a kernel, in order."""
+        heads, dim, page = shape.kv_heads, shape.head_dim, shape.page_size
+        n, batch, table, total = (length(name) for name in ("n", "batch", "table", "pages"))
+        q = tensor("q", (n, shape.q_heads, dim), dtype)
+        positions = tensor("positions", (n,), "int32")
+        row_offsets = tensor("row_offsets", (batch + 1,), "int32")
+        page_offsets = tensor("page_offsets", (batch + 1,), "int32")
+        page_ids = tensor("page_ids", (table,), "int32")
+        tensor("kv_lengths", (batch,), "int32")
+        dropped = tensor("dropped", (batch,), "int32")
+        k = tensor("k_pages", (total, heads, dim, page), format.dtype)
+        v = tensor("v_pages", (total, heads, page, dim), format.dtype)
+        k_scales, v_scales = k, v
+        if format.scaled:
+            k_scales = tensor("k_scales", (total, heads, page), "float32")
+            v_scales = tensor("v_scales", (total, heads, page), "float32")
+        out = tensor("out", (n, shape.q_heads, dim), dtype)
+        return Tables(
+            shape,
+            *(q, positions, row_offsets, page_offsets, page_ids, dropped),
+            *(k, v, k_scales, v_scales, out),
+        )
+
+    @property
+    def batch(self) -> Expr:
+        return self.dropped.shape[0]
+
+    def pages(self, sequence: Expr) -> Expr:
+        return self.page_offsets[sequence + 1] - self.page_offsets[sequence]
+
+    def rows(self, sequence: Expr) -> Expr:
+        return self.row_offsets[sequence + 1] - self.row_offsets[sequence]
+
+    def pages_seen(self, sequence: Expr, query: Expr) -> Expr:
+        """How many pages of a sequence have a token at or before `query`."""
+        dropped = self.dropped[sequence] if self.shape.window > 0 else 0
+        return T.min(self.pages(sequence), (query - dropped) // self.shape.page_size + 1)
+
+    def position(self, sequence: Expr, index: Expr) -> Expr:
+        """Of the first token of a sequence's page `index`."""
+        page, sinks = self.shape.page_size, self.shape.sinks
+        start = index * page
+        if self.shape.window > 0:
+            dropped = self.dropped[sequence]
+            start = start + T.if_then_else(index >= -(-sinks // page), dropped, 0)
+        return start
+
+    def visible(self, first: Expr, query: Expr) -> Expr:
+        """Which tokens of the page that begins at position `first` a query sees: [page] bool."""
+        page, window, sinks = self.shape.page_size, self.shape.window, self.shape.sinks
+        token = T.broadcast(first, page) + T.ramp(T.int32(0), 1, page)
+        mask = token <= T.broadcast(query, page)
+        if window > 0:
+            near = T.broadcast(query - window, page) < token
+            if sinks > 0:
+                near = near | (token < T.broadcast(T.int32(sinks), page))
+            mask = mask & near
+        return mask
+
+
+@dataclass(frozen=True)
+class Round:
+    """`PAGES` pages of one KV head, and as many that come next.
+
+    Attributes:
+        numbers: [2 PAGES] int32, which pages; those beyond the last repeat it.
+        starts: [PAGES] int32, the position of each one's first token; `NOWHERE` beyond the last.
+    """
+
+    tables: Tables
+    format: KVFormat
+    head: Expr
+    numbers: tirx.Buffer
+    starts: tirx.Buffer
+
+    def find(self, sequence: Expr, first: Expr, end: Expr) -> None:
+        """Look up the pages from `first` of a sequence on, of which there are `end`."""
+        tables = self.tables
+        with T.serial(2 * PAGES) as i:
+            index = T.min(first + i, end - 1)
+            T.buffer_store(
+                self.numbers, tables.page_ids[tables.page_offsets[sequence] + index], [i]
+            )
+        with T.serial(PAGES) as i:
+            start = tables.position(sequence, first + i)
+            T.buffer_store(self.starts, T.if_then_else(first + i < end, start, NOWHERE), [i])
+
+    def matters(self, query: Expr) -> Expr:
+        """Whether a query, or a later one, sees any token of the round, causality apart."""
+        shape, last = self.tables.shape, T.int32(0)
+        if shape.window <= 0:
+            return T.bool(True)
+        for start in (self.starts[i] for i in range(PAGES)):
+            last = T.max(last, T.if_then_else(start == NOWHERE, 0, start))
+        near = query - (last + shape.page_size - 1) < shape.window
+        return near | (self.starts[0] < shape.sinks) if shape.sinks > 0 else near
+
+    def _place(self, page: Expr) -> list:
+        # 64 bits: a cache may hold more than 2**31 elements.
+        return [T.Cast("int64", self.numbers[page]), self.head]
+
+    def _stored(self, pages: tirx.Buffer, index: list, lanes: int) -> Expr:
+        if self.format.scaled:
+            return decode_e4m3(pages.vload(index, vector("uint8", lanes)), lanes)
+        return to_float32(pages.vload(index, vector(self.format.dtype, lanes)), lanes)
+
+    def keys(self, page: Expr, feature: Expr) -> Expr:
+        """One feature of all tokens of a page: float32 [page]."""
+        index = [*self._place(page), feature, 0]
+        return self._stored(self.tables.k, index, self.tables.shape.page_size)
+
+    def values(self, page: Expr, token: Expr, feature: Expr, lanes: int) -> Expr:
+        """Neighbouring features of a token: float32 [lanes]."""
+        return self._stored(self.tables.v, [*self._place(page), token, feature], lanes)
+
+    def times_key_scale(self, value: Expr, page: Expr) -> Expr:
+        """Scores, or a feature, of a page's tokens times the scales of their keys."""
+        return self._times(value, self.tables.k_scales, page)
+
+    def times_value_scale(self, value: Expr, page: Expr) -> Expr:
+        """Weights of a page's tokens times the scales of their values."""
+        return self._times(value, self.tables.v_scales, page)
+
+    def _times(self, value: Expr, scales: tirx.Buffer, page: Expr) -> Expr:
+        if not self.format.scaled:
+            return value
+        lanes = vector("float32", self.tables.shape.page_size)
+        return value * scales.vload([*self._place(page), 0], lanes)
+
+    def times_token_scale(self, value: Expr, page: Expr, token: Expr, lanes: int) -> Expr:
+        """Features of one token's value times its scale."""
+        if not self.format.scaled:
+            return value
+        return value * splat(self.tables.v_scales[(*self._place(page), token)], lanes)
+
+    def prefetch(self, pages: tirx.Buffer, page: Expr, step: Expr, steps: int) -> None:
+        """Ask for a page's share of this step, one of `steps` that ask for all of it."""
+        shape = self.tables.shape
+        item = tvm.DataType(self.format.dtype).bits // 8
+        size = shape.head_dim * shape.page_size
+        per_step = -(-size // steps)
+        for offset in range(0, per_step, LINE // item):
+            at = step * per_step + offset
+            row = int(pages.shape[3])
+            prefetch(T.address_of(pages[(*self._place(page), at // row, at % row)]))
