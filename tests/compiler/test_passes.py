@@ -15,7 +15,13 @@ from relaxlm import models
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
 from relaxlm.compiler.passes.lower_paged_attention import LowerPagedAttention
-from relaxlm.compiler.pipeline import ATTENTION, Lowering, compute_dtype, lowering_passes
+from relaxlm.compiler.pipeline import (
+    ATTENTION,
+    Lowering,
+    compute_dtype,
+    lowering_passes,
+    memory_passes,
+)
 from relaxlm.quantization.kv_cache import KV_FORMATS, get_kv_format
 from relaxlm.quantization.schemes import SCHEMES, get_scheme
 from relaxlm.quantization.transform import DEQUANTIZE
@@ -225,6 +231,39 @@ def test_copies_go_through_every_tensor_of_every_layer() -> None:
     module = lowered(lowering(kv_format="fp8"), until="LowerPagedAttention")
     copies = ", ".join(f"@copy(kv[{i}], sources, targets)" for i in range(8))
     assert written_out(module["copy_pages"]) == f"({copies})"
+
+
+# ShareTensors
+
+
+def test_layers_use_the_same_tensors() -> None:
+    made = []
+    for layers in (3, 5):
+        plan = lowering({**SMALL, "num_hidden_layers": layers})
+        module = tvm.transform.Sequential(memory_passes())(lowered(plan))
+        calls = [
+            value
+            for value in bindings(module["forward"]).values()
+            if isinstance(value, relax.Call)
+            and value.op == tvm.ir.Op.get("relax.memory.alloc_tensor")
+        ]
+        made.append(len(calls))
+        assert len({str(call.args) for call in calls}) == len(calls)
+    assert made[0] == made[1] > 5
+
+
+# ScheduleCPU
+
+
+def test_what_has_no_kernel_of_its_own_runs_on_all_threads() -> None:
+    module = lowered(lowering(SMALL))
+    loops = {
+        name.name_hint: function.script()
+        for name, function in module.functions_items()
+        if isinstance(function, tvm.tirx.PrimFunc)
+    }
+    for name in ("embedding_lookup", "rope_cos", "rope_sin", "take_rows"):
+        assert "T.parallel(" in loops[name], name
 
 
 # All of them
