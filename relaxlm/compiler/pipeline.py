@@ -1,6 +1,7 @@
 """Every pass in order: the only file that knows the order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import tvm
 from tvm import relax
@@ -59,6 +60,8 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
     """From a model's float IR to loop nests, one function per group of operators."""
     dtype = compute_dtype(lowering.kind, lowering.scheme)
     kernels = ATTENTION[lowering.kind]
+    if lowering.act_quant:
+        kernels = replace(kernels, attend=partial(cpu_attention.attend_kernel, rounded=True))
     return [
         # Nothing is computed that nobody reads.
         TakeRowsEarly(),
