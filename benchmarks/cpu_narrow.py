@@ -10,13 +10,13 @@ cache may hold; else there are as many copies as fill 200 MB.
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 
 os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count()))
 
 import numpy as np
 import tvm
-from cpu_matmul import aligned, medians, read_kernel
 from tvm import tirx
 
 from relaxlm.compiler.kernels import cpu_narrow
@@ -24,6 +24,7 @@ from relaxlm.compiler.kernels.builder import T, emit, length, scratch, tensor
 from relaxlm.compiler.kernels.cpu_narrow_dots import dots
 from relaxlm.compiler.kernels.packed import pack_kernel, row_words
 from relaxlm.compiler.kernels.stored import StoredMatrix
+from relaxlm.compiler.kernels.vector import prefetch
 from relaxlm.quantization.schemes import get_scheme
 
 TARGETS = {
@@ -79,6 +80,52 @@ def peak_kernel(isa: str, bits: int, threads: int) -> tirx.PrimFunc:
     return emit(body)
 
 
+def read_kernel(vectors: int) -> tirx.PrimFunc:
+    """(words [vectors * 16], out): read every byte once, and add; memory is fetched ahead."""
+    tasks = vectors // BLOCK
+
+    def body() -> None:
+        words = tensor("words", (vectors * 16,), "uint32")
+        out = tensor("out", (tasks * 8,), "uint32")
+        with T.parallel(tasks) as task:
+            total = scratch(8, "uint32")
+            T.buffer_store(total, T.broadcast(T.uint32(0), 8), [T.ramp(0, 1, 8)])
+            with T.serial(BLOCK) as i:
+                at = (task * BLOCK + i) * 16
+                prefetch(T.address_of(words[at + 1024]))
+                both = words.vload([at], "uint32x8") + words.vload([at + 8], "uint32x8")
+                T.buffer_store(total, total.vload([0], "uint32x8") + both, [T.ramp(0, 1, 8)])
+            T.buffer_store(out, total.vload([0], "uint32x8"), [T.ramp(task * 8, 1, 8)])
+
+    return emit(body)
+
+
+def aligned(array: np.ndarray) -> tvm.runtime.Tensor:
+    """A copy whose address is a multiple of 4096, as in a mapped file."""
+    room = np.empty(array.nbytes + 4096, np.uint8)
+    start = -room.ctypes.data % 4096
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return tvm.runtime.from_dlpack(copy)
+
+
+def medians(
+    runs: dict[str, Callable[[int], None]], copies: int, seconds: float
+) -> dict[str, float]:
+    """Seconds of one call each, in turn, by name; a run takes the number of the copy to use."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run(0)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[next(iter(runs))]) < 3:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for copy in range(copies):
+                run(copy)
+            times[name].append((time.perf_counter() - start) / copies)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
 def measure(n: int, k: int, scheme: str, isa: str, rows: list[int], seconds: float) -> None:
     quant, threads = get_scheme(scheme).linear, int(os.environ["TVM_NUM_THREADS"])
     assert quant is not None
@@ -99,7 +146,7 @@ def measure(n: int, k: int, scheme: str, isa: str, rows: list[int], seconds: flo
     copies = max(1, round(RESIDENT / size))
     stored = [[aligned(array) for array in arrays] for _ in range(copies)]
     flat = [parts[0]._create_view((vectors * 16,), "uint32") for parts in stored]
-    sink = tvm.runtime.tensor(np.zeros(vectors // BLOCK * 16, np.uint32))
+    sink = tvm.runtime.tensor(np.zeros(vectors // BLOCK * 8, np.uint32))
     peak_x = tvm.runtime.tensor(np.full(PERIOD * CHAINS * 8, 0x01010101, np.int32))
     dtype = "int16" if (isa, quant.bits) == ("avx2", 4) else "int32"
     peak_out = tvm.runtime.tensor(np.zeros(threads * (16 if dtype == "int16" else 8), dtype))

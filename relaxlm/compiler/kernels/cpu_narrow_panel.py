@@ -12,10 +12,11 @@ from tvm import tirx
 from tvm.ir import Expr
 
 from relaxlm.compiler.kernels.builder import T, scratch
+from relaxlm.compiler.kernels.cpu_gemv import fetch
 from relaxlm.compiler.kernels.cpu_narrow_dots import BLOCK, Dots, shuffle
 from relaxlm.compiler.kernels.packed import GROUP_WORDS, ZERO_OF_4_BITS, PackedRow
 from relaxlm.compiler.kernels.stored import StoredMatrix
-from relaxlm.compiler.kernels.vector import multiply_add, prefetch, splat, to_float32
+from relaxlm.compiler.kernels.vector import multiply_add, splat, to_float32
 
 # Groups of K in a panel: 16 KiB for 16 rows of W.
 DEPTH = 32
@@ -68,7 +69,9 @@ class Panel:
                 self._fill(words, task, block, panel)
                 self._fill_factors(scales, task, block, factors)
                 for first, rows in self._each_tile(m):
-                    self._multiply(packed, task, block, first, rows, panel, factors, carried, out)
+                    self._multiply(
+                        packed, words, task, block, first, rows, panel, factors, carried, out
+                    )
 
     def _each_tile(self, m: Expr) -> Iterator[tuple[Expr, int]]:
         """The first row of x of a tile, and how many: whole tiles, then halves of them."""
@@ -152,7 +155,6 @@ class Panel:
         with T.serial((count + together - 1) // together) as number:
             g = self._start(number, together, count)
             at = (block * self.depth + g) * group_words
-            self._fetch_ahead(words, task, block * self.depth + g, together)
             for v in range(self.vectors):
                 for first in range(0, max(size, group_words), size):
                     places = [
@@ -212,12 +214,20 @@ class Panel:
                 ]
                 store(half, (first + i) // 2, shuffle(both, picked))
 
-    def _fetch_ahead(self, words: tirx.Buffer, task: Expr, g: Expr, together: int) -> None:
-        """Of what the next task reads, as much as this step of the current one, in its order."""
+    def _fetch_ahead(
+        self, words: tirx.Buffer, task: Expr, block: Expr, number: Expr, g: Expr
+    ) -> None:
+        """Of what the next task reads, as much as a group of this one, in the order of addresses.
+
+        The first tile of a block fetches all of it. The others fetch the last lines again, which
+        costs less than to ask.
+        """
+        count = self._count(block)
+        group = block * self.depth + T.min(number * count + g, count - 1)
         group_words = self.wide * self.matrix.group_words
-        first = T.cast(task + 1, "int64") * (self.wide * self.matrix.words) + g * group_words
-        for i in range(0, together * group_words, LINE_WORDS):
-            prefetch(T.address_of(words[first + i]))
+        first = T.cast(task + 1, "int64") * (self.wide * self.matrix.words) + group * group_words
+        for i in range(0, group_words, LINE_WORDS):
+            fetch(T.address_of(words[first + i]))
 
     def _fill_factors(
         self, scales: tirx.Buffer, task: Expr, block: Expr, factors: tirx.Buffer
@@ -243,6 +253,7 @@ class Panel:
     def _multiply(
         self,
         packed: tirx.Buffer,
+        words: tirx.Buffer,
         task: Expr,
         block: Expr,
         first: Expr,
@@ -267,6 +278,7 @@ class Panel:
                 begin = T.Select(block == 0, begin, carried.vload([kept(r, v)], float32))
             self._put(sums, i * lanes, begin)
         with T.serial(self._count(block)) as g:
+            self._fetch_ahead(words, task, block, first // self.tile, g)
             self._add_group(
                 packed, first, block * self.depth + g, g, tile, panel, factors, totals, sums
             )

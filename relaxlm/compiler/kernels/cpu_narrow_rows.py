@@ -14,10 +14,11 @@ from tvm import tirx
 from tvm.ir import Expr
 
 from relaxlm.compiler.kernels.builder import T, scratch
+from relaxlm.compiler.kernels.cpu_gemv import fetch
 from relaxlm.compiler.kernels.cpu_narrow_dots import BLOCK, Dots, shuffle
 from relaxlm.compiler.kernels.packed import GROUP_WORDS, PackedRow
 from relaxlm.compiler.kernels.stored import StoredMatrix
-from relaxlm.compiler.kernels.vector import multiply_add, prefetch, reduce_sum, splat, to_float32
+from relaxlm.compiler.kernels.vector import multiply_add, reduce_sum, splat, to_float32
 
 VECTORS = 4
 LINE = 64
@@ -166,7 +167,7 @@ class FewRows:
         factor = scratch(lanes, "float32")
         first = task * self.matrix.words + step.group * group_words
         for start in range(0, step.count * group_words, LINE // 4):
-            prefetch(T.address_of(words[first + (start + AHEAD // 4)]))
+            fetch(T.address_of(words[first + (start + AHEAD // 4)]))
         for v in range(self._vectors(step)):
             for half, part in enumerate(self._halves(words, first, step, v)):
                 self._put(weights, (v * 2 + half) * lanes, self.dots.codes(part))
