@@ -15,8 +15,10 @@ from tvm import relax
 from relaxlm import models
 from relaxlm.compiler.cuda import check_device_code, cuda_compilation
 from relaxlm.compiler.kernels.attention import PAGE_SIZE
+from relaxlm.compiler.kernels.cpu_attention import attend_workspace_bytes
 from relaxlm.compiler.link import export_library
 from relaxlm.compiler.options import CompileOptions, check_act_quant
+from relaxlm.compiler.passes.lower_paged_attention import cache_shape
 from relaxlm.compiler.pipeline import (
     Lowering,
     compute_dtype,
@@ -36,6 +38,7 @@ from relaxlm.runtime.metadata import (
     TargetInfo,
     TensorInfo,
 )
+from relaxlm.runtime.threads import usable_cores
 from relaxlm.versions import PINNED, RELAXLM_VERSION
 
 Progress = Callable[[str, float], None]
@@ -160,6 +163,10 @@ def _lower(
         module = _bound_shapes(module, bounds)
         module = tvm.transform.Sequential(memory_passes())(module)
         temporary = _temporary_bytes(module, bounds)
+        if device.kind == "cpu":
+            workspace = _attention_workspace(config, options)
+            for name in ("forward", "hidden_states"):
+                temporary[name] += workspace
         module = tvm.transform.Sequential(instruction_passes())(module)
     return module, _metadata(config, raw_config, scheme, device, options, lowering, temporary)
 
@@ -267,6 +274,22 @@ def _temporary_bytes(module: tvm.IRModule, bounds: Mapping[str, int]) -> dict[st
         relax.analysis.post_order_visit(function.bind_symbolic_vars(largest).body, visit)
         sizes[name.name_hint] = total
     return sizes
+
+
+def _attention_workspace(config: DecoderConfig, options: CompileOptions) -> int:
+    """Bytes that attention on a CPU takes beside planned storage, on the threads of this machine.
+
+    What the other kernels take is less than a megabyte per thread.
+    """
+    shape, threads = cache_shape(config), usable_cores()
+    return attend_workspace_bytes(
+        shape,
+        options.kv_format,
+        options.max_batch_size,
+        threads,
+        options.act_quant,
+        tvm.target.Target.current(),
+    )
 
 
 def _itemsize(dtype: str) -> int:
