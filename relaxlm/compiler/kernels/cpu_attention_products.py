@@ -72,12 +72,16 @@ class Products(Protocol):
         rows: query rows of a block.
         imports: LLVM IR that the kernel needs.
         exact: whether weights are used as float32.
-        scores: [rows, PAGES * page] of a block, once declared.
+        slots: blocks whose scores or weights are kept at a time.
+        gather_steps: what `gather` is cut into.
+        scores: [slots, rows, PAGES * page], once declared.
     """
 
     rows: int
     imports: Sequence[str]
     exact: bool
+    slots: int
+    gather_steps: int
     scores: tirx.Buffer
 
     def scratch_bytes(self, rows: int) -> int:
@@ -98,17 +102,17 @@ class Products(Protocol):
     def fill(self, pages: Round, page: Expr) -> None:
         """Copy a page and the next one of a round into the panels."""
 
-    def score(self, first: Expr, pairs: Expr) -> None:
-        """Rows first .. first + rows against the round's first pairs of pages, into `scores`."""
+    def score(self, first: Expr, pair: Expr, slot: Expr) -> None:
+        """Rows first .. first + rows against a pair of the round's pages, into `scores`."""
 
     def score_at(self, row: Expr, page: Expr) -> Expr:
-        """Where in `scores` the row of a block has its scores of a page."""
+        """Where in `scores` a row, slot * rows + row of the block, has its scores of a page."""
 
     def put_weights(self, pages: Round, row: Expr, pair: Expr, weights: list[Expr]) -> None:
-        """What the tokens of a pair of pages count for a row of the block."""
+        """What the tokens of a pair of pages count for a row, as in `score_at`."""
 
-    def gather(self, first: Expr, pairs: Expr, sums: tirx.Buffer) -> None:
-        """Add weighted values to `sums` [rows of the task, dim]."""
+    def gather(self, first: Expr, pairs: Expr, step: Expr, slot: Expr, sums: tirx.Buffer) -> None:
+        """Add the weighted values of some pairs of pages to a part of `sums` [rows, dim]."""
 
 
 class Accumulators:
@@ -147,6 +151,7 @@ class InRegisters:
     depth: int  # features, or tokens, per word of an operand
     imports: Sequence[str]
     exact: bool
+    slots: int
     scores: tirx.Buffer
 
     def put_query(self, row: Expr, element) -> None:
@@ -163,19 +168,24 @@ class InRegisters:
         self.wide = wide
         self.lanes = math.gcd(self.dim, 16)
         self.width = PAGES * self.page
+        parts = self.dim // self.lanes
+        self.parts_beside = wide if parts % wide == 0 else 1
+        self.gather_steps = parts // self.parts_beside
 
     def scratch_bytes(self, rows: int) -> int:
-        operands = rows * self.dim + 2 * self.width * self.dim + self.rows * self.width
-        return 4 * (operands // self.depth + (self.rows * self.width if self.depth > 1 else 0))
+        scores = self.slots * self.rows * self.width
+        operands = rows * self.dim + 2 * self.width * self.dim + (scores if self.depth > 1 else 0)
+        return 4 * (operands // self.depth + scores)
 
     def declare(self, rows: int) -> None:
         self.q = scratch(rows * self.dim // self.depth, self.words)
         self.k = scratch(self.width * self.dim // self.depth, self.words)
         self.v = scratch(self.width * self.dim // self.depth, self.words)
-        self.scores = scratch(self.rows * self.width, "float32")
+        self.scores = scratch(self.slots * self.rows * self.width, "float32")
         self.weights = self.scores
         if self.depth > 1:
-            self.weights = scratch(self.rows * self.width // self.depth, self.words)
+            size = self.slots * self.rows * self.width // self.depth
+            self.weights = scratch(size, self.words)
 
     def begin(self) -> None:
         """Nothing to prepare."""
@@ -190,47 +200,49 @@ class InRegisters:
         """total [lanes] + one word of q or weights times a vector of the panel's words."""
         raise NotImplementedError
 
-    def score(self, first: Expr, pairs: Expr) -> None:
+    def score(self, first: Expr, pair: Expr, slot: Expr) -> None:
         page, words = self.page, self.dim // self.depth
-        with T.serial(pairs * (2 // self.wide)) as group:
+        with T.serial(2 // self.wide) as group:
+            at_page = 2 * pair + group * self.wide
             sums = Accumulators(self.rows, self.wide, page)
             sums.start(lambda r, c: splat(0.0, page))
             with T.serial(words) as d:
 
                 def product(r: Expr, c: int, total: Expr) -> Expr:
-                    at = ((group * self.wide + c) * words + d) * page
-                    key = get(self.k, at, page, self.words)
+                    key = get(self.k, ((at_page + c) * words + d) * page, page, self.words)
                     return self.dot(total, self.q[(first + r) * words + d], key, page)
 
                 sums.add(product)
-            sums.finish(self.scores, lambda r, c: self.score_at(r, group * self.wide + c))
+            start = slot * self.rows
+            sums.finish(self.scores, lambda r, c: self.score_at(start + r, at_page + c))
 
-    def gather(self, first: Expr, pairs: Expr, sums: tirx.Buffer) -> None:
+    def gather(self, first: Expr, pairs: Expr, step: Expr, slot: Expr, sums: tirx.Buffer) -> None:
         lanes, tokens = self.lanes, 2 * self.page // self.depth
-        parts, width = self.dim // lanes, self.width // self.depth
-        wide = self.wide if parts % self.wide == 0 else 1
-        with T.serial(parts // wide) as part:
-            totals = Accumulators(self.rows, wide, lanes)
+        width, start = self.width // self.depth, slot * self.rows
+        totals = Accumulators(self.rows, self.parts_beside, lanes)
 
-            def place(r: Expr, p: int) -> Expr:
-                return (first + r) * self.dim + (part * wide + p) * lanes
+        def feature(p: int) -> Expr:
+            return (step * self.parts_beside + p) * lanes
 
-            totals.start(lambda r, p: get(sums, place(r, p), lanes))
-            with T.serial(pairs * tokens) as t:
+        def place(r: Expr, p: int) -> Expr:
+            return (first + r) * self.dim + feature(p)
 
-                def product(r: Expr, p: int, total: Expr) -> Expr:
-                    at = t * self.dim + (part * wide + p) * lanes
-                    value = get(self.v, at, lanes, self.words)
-                    return self.dot(total, self.weights[r * width + t], value, lanes)
+        totals.start(lambda r, p: get(sums, place(r, p), lanes))
+        with T.serial(pairs * tokens) as t:
 
-                totals.add(product)
-            totals.finish(sums, place)
+            def product(r: Expr, p: int, total: Expr) -> Expr:
+                value = get(self.v, t * self.dim + feature(p), lanes, self.words)
+                return self.dot(total, self.weights[(start + r) * width + t], value, lanes)
+
+            totals.add(product)
+        totals.finish(sums, place)
 
 
 class Exact(InRegisters):
     """Panels k [PAGES, dim, page] and v [PAGES, page, dim] in float32; weights replace scores."""
 
     words, depth, exact = "float32", 1, True
+    slots = 3  # weights stay until they are gathered, two blocks later
     imports: Sequence[str] = ()
 
     def put_query(self, row: Expr, element) -> None:
@@ -316,6 +328,7 @@ class Pairs(InRegisters):
     """Products of pairs of bfloat16 numbers, 16 sums an instruction."""
 
     words, depth, exact = "int32", 2, False
+    slots = 2
     imports: Sequence[str] = (BFLOAT16_IR,)
 
     def __init__(self, shape: AttentionShape, rows: int, wide: int) -> None:

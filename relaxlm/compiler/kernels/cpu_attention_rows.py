@@ -13,6 +13,8 @@ from relaxlm.compiler.kernels.cpu_attention_pages import PAGES, Round
 from relaxlm.compiler.kernels.cpu_attention_products import Products
 from relaxlm.compiler.kernels.cpu_attention_softmax import Sums, soften
 
+# Steps that the work on a block is cut into; at least one for each pair of pages.
+CHUNKS = PAGES
 # (KV head, counted from the task's first; row of that head) -> (i, lanes) -> that many elements of
 # the scaled query from i on, float32.
 Query = Callable[[Expr | int, Expr], Callable[[Expr, int], Expr]]
@@ -79,51 +81,71 @@ def attend_rows(
     window, page = tables.shape.window, tables.shape.page_size
     block = products.rows
     blocks = (count * share + block - 1) // block
-    products.declare(int(kept.best.shape[0]))
+    kept_rows = int(kept.best.shape[0])
+    products.declare(kept_rows)
+    seen = scratch(kept_rows // block, "int32")
+    chunks = max(CHUNKS, products.gather_steps)
+    rows_each = -(-block // chunks)
     products.begin()
     with T.serial(blocks * block) as r:
         kept.clear(r)
         products.put_query(r, element(0, r))
+
+    def latest(number: Expr) -> Expr:
+        """Position of a block's last row."""
+        return queries[(T.min(number * block + block, count * share) - 1) // share]
+
+    def pairs(number: Expr) -> Expr:
+        return (seen[number] + 1) // 2
+
+    def weigh(number: Expr, chunk: Expr, masked: bool) -> None:
+        first = number * block + chunk * rows_each
+        rows = T.min(count * share - first, T.min(block - chunk * rows_each, rows_each))
+        soften(
+            kept,
+            products,
+            pages,
+            first,
+            rows,
+            pairs(number),
+            lambda row: queries[row // share],
+            masked,
+            place=number % products.slots * block + chunk * rows_each,
+        )
+
+    def hidden(number: Expr) -> Expr:
+        """Whether any row of a block may not see all that it is multiplied with."""
+        # The last pair may end with a page beyond the last.
+        last = pages.starts[T.max(2 * pairs(number) - 1, 0)]
+        some = last + (page - 1) > queries[number * block // share]
+        return some | (pages.starts[0] <= latest(number) - window) if window > 0 else some
+
     with T.serial((end - begin + PAGES - 1) // PAGES) as index:
         at = begin + index * PAGES
         pages.find(sequence, at, end)
         with T.If(pages.matters(queries[0])), T.Then():
             with T.serial((T.min(end - at, PAGES) + 1) // 2) as pair:
                 products.fill(pages, 2 * pair)
+            # Pages of this round that each block's last row sees.
             with T.serial(blocks) as number:
-                first = number * block
-                rows = T.min(count * share - first, block)
-                earliest = queries[first // share]
-                latest = queries[(first + rows - 1) // share]
-                # Pages of this round that the block's last row sees.
-                seen = scratch(1, "int32")
-                here = T.min(end, tables.pages_seen(sequence, latest)) - at
-                T.buffer_store(seen, T.min(here, PAGES), [0])
-                pairs = (seen[0] + 1) // 2
-                # The pair may end with a page beyond the last.
-                last = pages.starts[T.max(2 * pairs - 1, 0)]
-                hidden = last + (page - 1) > earliest
-                if window > 0:
-                    hidden = hidden | (pages.starts[0] <= latest - window)
-                with T.If(seen[0] > 0), T.Then():
-                    products.score(first, pairs)
-
-                    def weigh(masked: bool) -> None:
-                        soften(
-                            kept,
-                            products,
-                            pages,
-                            first,
-                            rows,
-                            pairs,
-                            lambda row: queries[row // share],
-                            masked,
-                        )
-
-                    with T.If(hidden):
+                here = T.min(end, tables.pages_seen(sequence, latest(number))) - at
+                T.buffer_store(seen, T.max(T.min(here, PAGES), 0), [number])
+            # Three blocks are under way at a time, so that products and exponentials, which keep
+            # different units busy, are neighbours.
+            with T.serial(blocks + 2) as stage, T.serial(chunks) as chunk:
+                scored, last = T.min(stage, blocks - 1), T.max(stage - 2, 0)
+                weighed = T.min(T.max(stage - 1, 0), blocks - 1)
+                with T.If(T.And(stage < blocks, chunk < pairs(scored))), T.Then():
+                    slot = scored % products.slots
+                    products.score(scored * block, chunk, slot)
+                step = chunk - (chunks - products.gather_steps)
+                with T.If(T.And(T.And(stage >= 2, step >= 0), seen[last] > 0)), T.Then():
+                    slot = last % products.slots
+                    products.gather(last * block, pairs(last), step, slot, kept.sums)
+                with T.If(T.And(stage == weighed + 1, seen[weighed] > 0)), T.Then():
+                    with T.If(hidden(weighed)):
                         with T.Then():
-                            weigh(True)
+                            weigh(weighed, chunk, True)
                         with T.Else():
-                            weigh(False)
-                    products.gather(first, pairs, kept.sums)
+                            weigh(weighed, chunk, False)
     products.end()

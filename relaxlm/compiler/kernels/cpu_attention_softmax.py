@@ -111,17 +111,19 @@ def soften(
     query,
     masked: bool,
     scaled: bool = False,
+    place: Expr | int = 0,
 ) -> None:
-    """Turn scores of a block of rows into weights.
+    """Turn scores of some rows into weights.
 
     Args:
-        first: the block's first row in `kept`.
+        first: the first row in `kept`.
         pairs: the round's pairs of pages to work on.
         query: row of `kept` -> its query's position.
         masked: whether there may be tokens that a query does not see. A masked token has a weight
             of 2 ** -126 or less; what a row with masked tokens only has collected is forgotten as
             soon as a visible one sets a maximum.
         scaled: whether scores are to be multiplied with the scales of the keys.
+        place: the first row's number among the rows of scores and weights.
     """
     page = kept.page
     two_to = exp2 if products.exact else exp2_coarse
@@ -131,7 +133,7 @@ def soften(
         put(top, 0, splat(MASKED, page), page)
         with T.serial(pairs) as pair:
             for half in range(2):
-                at = products.score_at(r, 2 * pair + half)
+                at = products.score_at(place + r, 2 * pair + half)
                 if masked or scaled:
                     score = get(products.scores, at, page)
                     if scaled:
@@ -149,8 +151,8 @@ def soften(
         with T.serial(pairs) as pair:
             both = [scratch(page, "float32") for _ in range(2)]
             for half, weight in enumerate(both):
-                score = get(products.scores, products.score_at(r, 2 * pair + half), page)
+                score = get(products.scores, products.score_at(place + r, 2 * pair + half), page)
                 put(weight, 0, two_to(score - splat(kept.best[row], page), page), page)
                 put(total, 0, get(total, 0, page) + get(weight, 0, page), page)
-            products.put_weights(pages, r, pair, [get(weight, 0, page) for weight in both])
+            products.put_weights(pages, place + r, pair, [get(weight, 0, page) for weight in both])
         put(kept.total, row * page, get(total, 0, page), page)

@@ -66,22 +66,24 @@ class Tiles:
     rows = 2 * SIZE
     imports: Sequence[str] = (BFLOAT16_IR,)
     exact = False
+    slots = 2
 
     def __init__(self, shape: AttentionShape) -> None:
         self.dim, self.page = shape.head_dim, shape.page_size
         self.width = PAGES * self.page
+        self.gather_steps = self.dim // (2 * SIZE)
         self.operands = Bfloat16(self.dim, self.page, tiled=True)
 
     def scratch_bytes(self, rows: int) -> int:
-        operands = rows * self.dim + 2 * self.width * self.dim + self.rows * self.width
-        return operands * 2 + 4 * self.rows * self.width
+        scores = self.slots * self.rows * self.width
+        return 2 * (rows * self.dim + 2 * self.width * self.dim + scores) + 4 * scores
 
     def declare(self, rows: int) -> None:
         self.q = scratch(rows * self.dim // 2, "int32")
         self.k = scratch(self.width * self.dim // 2, "int32")
         self.v = scratch(self.width * self.dim // 2, "int32")
-        self.scores = scratch(self.rows * self.width, "float32")
-        self.weights = scratch(self.rows * self.width // 2, "int32")
+        self.scores = scratch(self.slots * self.rows * self.width, "float32")
+        self.weights = scratch(self.slots * self.rows * self.width // 2, "int32")
 
     def begin(self) -> None:
         configure()
@@ -102,41 +104,40 @@ class Tiles:
         at = row * (self.width // 2) + pair * self.page
         put(self.weights, at, self.operands.call("row", *weights), 16)
 
-    def score(self, first: Expr, pairs: Expr) -> None:
+    def score(self, first: Expr, pair: Expr, slot: Expr) -> None:
         words = self.dim // 2
-        with T.serial(pairs) as pair:
-            for tile in range(4):
-                instruction("tilezero", tile)
-            for step in range(self.dim // DEPTH):
-                for half in range(2):
-                    row = first + half * SIZE
-                    load(4 + half, self.q, row * words + step * WORDS, words)
-                    at = (2 * pair + half) * words + step * SIZE
-                    load(6 + half, self.k, at * WORDS, WORDS)
-                self._multiply()
+        for tile in range(4):
+            instruction("tilezero", tile)
+        for step in range(self.dim // DEPTH):
             for half in range(2):
-                for beside in range(2):
-                    at = self.score_at(half * SIZE, 2 * pair + beside)
-                    store(2 * half + beside, self.scores, at, self.width)
+                row = first + half * SIZE
+                load(4 + half, self.q, row * words + step * WORDS, words)
+                at = (2 * pair + half) * words + step * SIZE
+                load(6 + half, self.k, at * WORDS, WORDS)
+            self._multiply()
+        for half in range(2):
+            for beside in range(2):
+                at = self.score_at(slot * self.rows + half * SIZE, 2 * pair + beside)
+                store(2 * half + beside, self.scores, at, self.width)
 
-    def gather(self, first: Expr, pairs: Expr, sums: tirx.Buffer) -> None:
+    def gather(self, first: Expr, pairs: Expr, step: Expr, slot: Expr, sums: tirx.Buffer) -> None:
         parts, words = self.dim // SIZE, self.width // 2
 
-        def move(operation, part: Expr) -> None:
+        def move(operation) -> None:
             for half in range(2):
                 for beside in range(2):
-                    at = (first + half * SIZE) * self.dim + (2 * part + beside) * SIZE
+                    at = (first + half * SIZE) * self.dim + (2 * step + beside) * SIZE
                     operation(2 * half + beside, sums, at, self.dim)
 
-        with T.serial(parts // 2) as part:
-            move(load, part)
-            with T.serial(pairs) as pair:
-                for half in range(2):
-                    load(4 + half, self.weights, half * SIZE * words + pair * WORDS, words)
-                    at = pair * parts + 2 * part + half
-                    load(6 + half, self.v, at * SIZE * WORDS, WORDS)
-                self._multiply()
-            move(store, part)
+        move(load)
+        with T.serial(pairs) as pair:
+            for half in range(2):
+                row = slot * self.rows + half * SIZE
+                load(4 + half, self.weights, row * words + pair * WORDS, words)
+                at = pair * parts + 2 * step + half
+                load(6 + half, self.v, at * SIZE * WORDS, WORDS)
+            self._multiply()
+        move(store)
 
     def _multiply(self) -> None:
         for half in range(2):
