@@ -1,12 +1,14 @@
 """x @ W.T for many rows of x on CPUs with AMX: tiles of bfloat16, sums in float32.
 
-The form "bf16" of x [m, K]: a row of `packed [m, row_words(K)] int32` holds its elements rounded to
-bfloat16, two to a word, the one with the even number below, and zeros up to a multiple of 32.
+The form "bf16" of x [m, K] in `packed [m, row_words(K)] int32`: elements rounded to bfloat16, two to
+a word, the one with the even number below, and zeros up to a multiple of 32. What a tile of 16 rows
+by 32 elements holds lies together, [rows / 16][K / 32][16 rows][16 words], so that tiles are read as
+one stream; the last rows are a tile of fewer rows.
 
 A task takes the outputs of some rows of x by some rows of W. W is dequantized into panels of 32 of
 its rows by a block of K, which all of the task's rows of x pass over; the panel being read stays
-in the first-level cache, x streams from the second, and the next panel is filled between the tile
-instructions, which leave the vector units idle. Sums of all of K stay in float32.
+in the first-level cache, x streams from the second. Tile instructions leave the vector units idle,
+so between them the next panel is filled, and the sums of the tiles before are added up and stored.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,16 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit, flat, length, scratch, tensor
-from relaxlm.compiler.kernels.cpu_amx_fill import FILL, TRANSPOSE, fill_ir, transpose_ir
+from relaxlm.compiler.kernels.cpu_amx_fill import (
+    FILL,
+    GATHER,
+    GATHERED,
+    GROUP_WORDS,
+    TRANSPOSE,
+    fill_ir,
+    gather_ir,
+    transpose_ir,
+)
 from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.vector import to_float32, vector
@@ -41,11 +52,8 @@ Value = Callable[[Expr | int, int], Expr]
 
 
 def row_words(k: int) -> int:
-    """The int32 words of a packed row of K elements: an odd number of cache lines.
-
-    So no 64 rows in a row share a set of the cache.
-    """
-    return (-(-k // DEPTH) | 1) * LINE_WORDS
+    """The int32 words of a packed row of K elements."""
+    return -(-k // DEPTH) * LINE_WORDS
 
 
 def emit_pack(k: int, value: Value, packed: tirx.Buffer, row: Expr | int, m: Expr | int) -> None:
@@ -57,12 +65,17 @@ def emit_pack(k: int, value: Value, packed: tirx.Buffer, row: Expr | int, m: Exp
         packed: [m, at least row_words(K)] int32.
         m: the number of rows.
     """
-    words = packed.shape[1]
-    halves = T.decl_buffer((m * words * 2,), "uint16", data=packed.data)
+    width = packed.shape[1]
+    halves = T.decl_buffer((m * width * 2,), "uint16", data=packed.data)
+
+    def place(i: Expr | int) -> Expr:
+        """Of element i, in halves of words."""
+        return (_start(row, width) + i // DEPTH * _rows(row, m) * LINE_WORDS) * 2 + (
+            row % LINE_WORDS * DEPTH + i % DEPTH
+        )
 
     def store(i: Expr | int, lanes: int) -> None:
-        at = row * words * 2 + i
-        T.buffer_store(halves, _bfloat16(value(i, lanes), lanes), [_ramp(at, lanes)])
+        T.buffer_store(halves, _bfloat16(value(i, lanes), lanes), [_ramp(place(i), lanes)])
 
     if k // LINE_WORDS:
         with T.serial(k // LINE_WORDS) as chunk:
@@ -74,7 +87,17 @@ def emit_pack(k: int, value: Value, packed: tirx.Buffer, row: Expr | int, m: Exp
             done += lanes
     if k % DEPTH:
         with T.serial(-k % DEPTH) as i:
-            T.buffer_store(halves, T.uint16(0), [row * words * 2 + k + i])
+            T.buffer_store(halves, T.uint16(0), [place(k + i)])
+
+
+def _start(row: Expr, width: int) -> Expr:
+    """The first word of the tiles that a row is in."""
+    return row // LINE_WORDS * (LINE_WORDS * width)
+
+
+def _rows(row: Expr, m: Expr) -> Expr:
+    """Rows of the tiles that a row is in."""
+    return T.min(m - row // LINE_WORDS * LINE_WORDS, LINE_WORDS)
 
 
 def pack_kernel(k: int) -> tirx.PrimFunc:
@@ -103,7 +126,7 @@ def supports(matrix: StoredMatrix, isa: Isa) -> bool:
 
 def imports(matrix: StoredMatrix, isa: Isa) -> list[str]:
     """LLVM IR that `emit_matmul` needs."""
-    return [fill_ir(), transpose_ir()]
+    return [gather_ir(), fill_ir(), transpose_ir()]
 
 
 @dataclass(frozen=True)
@@ -162,7 +185,11 @@ def emit_matmul(
 
 
 class _Task:
-    """The statements of one task."""
+    """The statements of one task.
+
+    It goes through stages, one for each of its panels in each block of K, and in a stage through
+    tiles of 32 rows of x.
+    """
 
     def __init__(
         self,
@@ -176,8 +203,8 @@ class _Task:
         task: Expr,
     ) -> None:
         self.matrix, self.blocks, self.m = matrix, blocks, m
-        self.row_words = packed.shape[1]
-        self.x = T.decl_buffer((m * self.row_words,), "int32", data=packed.data)
+        self.width = packed.shape[1]
+        self.x = T.decl_buffer((m * self.width,), "int32", data=packed.data)
         self.out = T.decl_buffer((m * matrix.n,), "float32", data=out.data)
         self.words, self.scales = words, scales
         self.first_row = task // blocks.tasks * TASK_ROWS
@@ -185,38 +212,46 @@ class _Task:
         self.panels = T.min(blocks.task_panels, blocks.panels - self.first_panel)
         self.tiles = (T.min(m - self.first_row, TASK_ROWS) + ROWS - 1) // ROWS
         self.stages = self.panels * blocks.count
-        panel = blocks.depth * 2 * TILE_WORDS
-        self.panel = scratch(2 * panel, "int32")
-        self.panel_words = panel
+        # Two panels, of which one is read while the other is filled, and gathered words.
+        self.panel_words = blocks.depth * 2 * TILE_WORDS
+        self.panel = scratch(2 * self.panel_words + GATHERED, "int32")
         self.factors = scratch(BLOCK * PANEL, "float32")
-        self.rows = scratch(16 * _STAGED, "float32")
-        sums = TASK_ROWS // ROWS * blocks.task_panels * 4 * TILE_WORDS if blocks.count > 1 else 1
-        self.sums = scratch(sums, "float32")
+        self.staged = scratch(LINE_WORDS * _STAGED, "float32")
+        sums = TASK_ROWS // ROWS * blocks.task_panels * 4 * TILE_WORDS
+        self.sums = scratch(sums if blocks.count > 1 else 1, "float32")
+        self.last = scratch(4 * TILE_WORDS, "float32")
         self.config = scratch(64, "uint8")
+        # Parts of the next panel that were filled, and how much of the next part is due.
+        self.filled, self.credit = scratch(1, "int32"), scratch(1, "int32")
 
     def emit(self) -> None:
-        self._configure()
-        self._prepare(T.int64(0))
-        with T.serial(self._units(T.int64(0))) as unit:
-            self._fill(T.int64(0), unit)
-        with T.serial(self.stages) as stage:
-            with T.If(stage + 1 < self.stages):
-                with T.Then():
-                    self._prepare(stage + 1)
-            with T.serial(self.tiles) as tile:
-                self._multiply(stage, tile)
-        T.evaluate(_tile("tilerelease"))
-
-    def _configure(self) -> None:
-        """Eight tiles of 64 bytes a row; those of x and of sums have no more rows than x."""
-        used = T.cast(T.min(self.m, LINE_WORDS), "uint8")
+        start = T.int64(0)
+        self._prepare(start)
+        with T.serial(self._parts(start)) as part:
+            self._fill(start, T.cast(part, "int32"))
         with T.serial(64) as i:
             T.buffer_store(self.config, T.uint8(0), [i])
         T.buffer_store(self.config, T.uint8(1), [0])
         for tile in range(8):
             T.buffer_store(self.config, T.uint8(64), [16 + 2 * tile])
-            rows = T.uint8(16) if tile in _B_TILES else used
-            T.buffer_store(self.config, rows, [48 + tile])
+        self._configure(LINE_WORDS, LINE_WORDS)
+        with T.serial(self.stages) as stage:
+            with T.If(stage + 1 < self.stages):
+                with T.Then():
+                    self._prepare(stage + 1)
+            T.buffer_store(self.filled, T.int32(0), [0])
+            T.buffer_store(self.credit, T.int32(0), [0])
+            with T.serial(self.tiles) as tile:
+                self._multiply(stage, tile)
+        with T.serial(ROWS) as row:
+            self._flush(self.stages - 1, self.tiles - 1, row)
+        T.evaluate(_tile("tilerelease"))
+
+    def _configure(self, first: Expr | int, second: Expr | int) -> None:
+        """Tiles of 64 bytes a row; rows of the two tiles of x and of their sums."""
+        rows = (first, first, second, second, first, second, LINE_WORDS, LINE_WORDS)
+        for tile, count in enumerate(rows):
+            T.buffer_store(self.config, T.cast(count, "uint8"), [48 + tile])
         T.evaluate(_tile("ldtilecfg", T.address_of(self.config[0])))
 
     # Where a stage is: panel number `stage % panels` of the task, block `stage // panels` of K.
@@ -227,9 +262,10 @@ class _Task:
     def _steps(self, stage: Expr) -> Expr:
         return T.min(self.blocks.depth, self.blocks.groups - self._first_group(stage))
 
-    def _units(self, stage: Expr) -> Expr:
-        """Tiles of a stage's panel; none after the last stage."""
-        return T.if_then_else(stage < self.stages, 2 * self._steps(stage), T.int64(0))
+    def _parts(self, stage: Expr) -> Expr:
+        """Quarters of tiles of a stage's panel; none after the last stage."""
+        parts = 2 * GROUP_WORDS * self._steps(stage)
+        return T.if_then_else(stage < self.stages, parts, T.int64(0))
 
     def _column(self, stage: Expr, half: Expr | int) -> Expr:
         """The first of 16 rows of W; those beyond the last are others again."""
@@ -239,141 +275,149 @@ class _Task:
     def _panel(self, stage: Expr) -> Expr:
         return stage % 2 * self.panel_words
 
+    def _row(self, tile: Expr) -> Expr:
+        return self.first_row + tile * ROWS
+
+    def _sums(self, stage: Expr, tile: Expr) -> Expr:
+        return (stage % self.panels * (TASK_ROWS // ROWS) + tile) * 4 * TILE_WORDS
+
     def _prepare(self, stage: Expr) -> None:
-        """Scales of a stage's panel, as float32 [group, row of W]."""
+        """Scales of a stage's panel, as float32 [group, row of W]; the next panel's are fetched."""
         groups = self.blocks.groups
         wide = max(w for w in (1, 2, 4, 8, 16) if w <= groups)
         first = self._first_group(stage)
         for half in range(2):
             with T.serial(LINE_WORDS) as row:
+                later = (self._column(stage + 1, half) + row) * groups
+                _prefetch(self.scales, later + self._first_group(stage + 1))
                 for chunk in range(-(-self.blocks.depth // wide)):
                     # Vectors beyond the row's end are moved back, over what is there already.
                     group = T.min(first + chunk * wide, groups - wide)
                     at = (self._column(stage, half) + row) * groups + group
                     values = self.scales.vload([at], vector(self.matrix.dtype, wide))
                     place = row * _STAGED + LINE_WORDS + group - first
-                    T.buffer_store(self.rows, to_float32(values, wide), [_ramp(place, wide)])
-            T.evaluate(
-                T.call_extern(
-                    "int32",
-                    TRANSPOSE,
-                    T.address_of(self.rows[LINE_WORDS]),
-                    T.int64(_STAGED * 4),
-                    T.address_of(self.factors[half * LINE_WORDS]),
-                    T.int64(PANEL * 4),
-                )
+                    T.buffer_store(self.staged, to_float32(values, wide), [_ramp(place, wide)])
+            _call(
+                TRANSPOSE,
+                T.address_of(self.staged[LINE_WORDS]),
+                T.int64(_STAGED * 4),
+                T.address_of(self.factors[half * LINE_WORDS]),
+                T.int64(PANEL * 4),
             )
 
-    def _fill(self, stage: Expr, unit: Expr) -> None:
-        """Fill one tile of a stage's panel."""
+    def _fill(self, stage: Expr, part: Expr) -> None:
+        """Fill a quarter of a tile of a stage's panel, and fetch words of the next one."""
         row_words = self.matrix.words
+        unit, word = part // GROUP_WORDS, part % GROUP_WORDS
         step, half = unit // 2, unit % 2
-        group = self._first_group(stage) + step
-        at = self._column(stage, half) * row_words + group * self.matrix.group_words
-        T.evaluate(
-            T.call_extern(
-                "int32",
-                FILL,
-                T.address_of(self.words[at]),
-                T.int64(row_words * 4),
-                T.address_of(self.factors[step * PANEL + half * LINE_WORDS]),
-                T.address_of(self.panel[self._panel(stage) + unit * TILE_WORDS]),
-            )
+        with T.If(word == 0):
+            with T.Then():
+                group = self._first_group(stage) + step
+                at = self._column(stage, half) * row_words + group * GROUP_WORDS
+                _call(
+                    GATHER,
+                    T.address_of(self.words[at]),
+                    T.int64(row_words * 4),
+                    T.address_of(self.panel[2 * self.panel_words]),
+                )
+        row = self._column(stage + 1, half) + step % _LINE_GROUPS * GROUP_WORDS + word
+        line = self._first_group(stage + 1) // _LINE_GROUPS + step // _LINE_GROUPS
+        _prefetch(self.words, row * row_words + line * LINE_WORDS)
+        _call(
+            FILL,
+            T.address_of(self.panel[2 * self.panel_words + word * (GATHERED // GROUP_WORDS)]),
+            T.address_of(self.factors[step * PANEL + half * LINE_WORDS]),
+            T.address_of(self.panel[self._panel(stage) + part * (TILE_WORDS // GROUP_WORDS)]),
         )
 
-    def _row(self, tile: Expr, half: int) -> Expr:
-        """The first of 16 rows of x; those beyond the last are others again."""
-        start = self.first_row + tile * ROWS + half * LINE_WORDS
-        return T.max(T.min(start, self.m - LINE_WORDS), 0)
-
-    def _fetch_x(self, stage: Expr, tile: Expr, step: Expr) -> None:
-        """Fetch x of the next block of K; every panel's turn fetches a share of the rows."""
-        if self.blocks.count == 1:
-            return
-        share = -(-ROWS // self.blocks.task_panels)
-        block = stage // self.panels
-        group = (block + 1) % self.blocks.count * self.blocks.depth + step
-        for i in range(share):
-            row = self.first_row + tile * ROWS + stage % self.panels * share + i
-            at = T.min(row, self.m - 1) * self.row_words + group * LINE_WORDS
-            T.evaluate(_prefetch(T.address_of(self.x[at]), write=0, level=2))
-
-    def _fetch_out(self, stage: Expr, tile: Expr, step: Expr) -> None:
-        lines = 2 * ROWS
-        share = -(-lines // self.blocks.depth)
-        for i in range(share):
-            line = T.min(step * share + i, lines - 1)
-            row = T.min(self.first_row + tile * ROWS + line // 2, self.m - 1)
-            at = row * self.matrix.n + self._column(stage, line % 2)
-            T.evaluate(_prefetch(T.address_of(self.out[at]), write=1, level=3))
+    def _fill_due(self, stage: Expr, tile_steps: Expr) -> None:
+        self._fill(stage, self.filled[0])
+        T.buffer_store(self.filled, self.filled[0] + 1, [0])
+        T.buffer_store(self.credit, self.credit[0] - T.cast(tile_steps, "int32"), [0])
 
     def _multiply(self, stage: Expr, tile: Expr) -> None:
         """32 rows of x times a panel, while part of the next one is filled."""
-        steps = self._steps(stage)
-        units = self._units(stage + 1)
-        block = stage // self.panels
-        sums = (stage % self.panels * (TASK_ROWS // ROWS) + tile) * 4 * TILE_WORDS
+        first = self._first_group(stage)
+        steps, block = self._steps(stage), stage // self.panels
+        tile_steps = self.tiles * steps
+        rows = self.m - self._row(tile)
+        line = T.int64(LINE_WORDS * 4)
 
-        def due(step: Expr) -> Expr:
-            return (tile * steps + step) * units // (self.tiles * steps)
+        def configure(partly: bool) -> None:
+            with T.If(rows < ROWS):
+                with T.Then():
+                    if partly:
+                        first = T.min(rows, LINE_WORDS)
+                        self._configure(first, T.max(rows - LINE_WORDS, 1))
+                    else:
+                        self._configure(LINE_WORDS, LINE_WORDS)
 
-        def row(half: int) -> Expr:
-            return self._row(tile, half)
+        def x(half: int, step: Expr) -> Expr:
+            # Without a second half, the first is multiplied again.
+            row = T.min(self._row(tile) + half * LINE_WORDS, self.m - 1)
+            at = _start(row, self.width) + (first + step) * _rows(row, self.m) * LINE_WORDS
+            return T.address_of(self.x[at])
 
-        def kept(i: int) -> Expr:
-            return T.address_of(self.sums[sums + i * TILE_WORDS])
+        def w(half: int, step: Expr) -> Expr:
+            return T.address_of(self.panel[self._panel(stage) + (step * 2 + half) * TILE_WORDS])
 
-        line = T.int64(64)
-        with T.If(block == 0):
-            with T.Then():
-                for i in range(4):
-                    T.evaluate(_tile("tilezero", _number(i)))
-            with T.Else():
-                for i in range(4):
-                    T.evaluate(_tile("tileloadd64", _number(i), kept(i), line))
+        configure(True)
+        for i in range(4):
+            T.evaluate(_tile("tilezero", _number(i)))
         with T.serial(steps) as step:
-            x = [
-                T.address_of(
-                    self.x[
-                        row(half) * self.row_words + (block * self.blocks.depth + step) * LINE_WORDS
-                    ]
-                )
-                for half in range(2)
-            ]
-            w = [
-                T.address_of(self.panel[self._panel(stage) + (step * 2 + half) * TILE_WORDS])
-                for half in range(2)
-            ]
-            x_stride = T.int64(self.row_words * 4)
-            T.evaluate(_tile("tileloadd64", _number(6), w[0], line))
-            T.evaluate(_tile("tileloaddt164", _number(4), x[0], x_stride))
+            credit = self.credit[0] + T.cast(self._parts(stage + 1), "int32")
+            T.buffer_store(self.credit, credit, [0])
+            T.evaluate(_tile("tileloadd64", _number(6), w(0, step), line))
+            T.evaluate(_tile("tileloaddt164", _number(4), x(0, step), line))
             T.evaluate(_tile("tdpbf16ps", _number(0), _number(4), _number(6)))
-            T.evaluate(_tile("tileloadd64", _number(7), w[1], line))
+            T.evaluate(_tile("tileloadd64", _number(7), w(1, step), line))
             T.evaluate(_tile("tdpbf16ps", _number(1), _number(4), _number(7)))
-            T.evaluate(_tile("tileloaddt164", _number(5), x[1], x_stride))
+            with T.If(self.credit[0] >= T.cast(tile_steps, "int32")):
+                with T.Then():
+                    self._fill_due(stage + 1, tile_steps)
+            T.evaluate(_tile("tileloaddt164", _number(5), x(1, step), line))
             T.evaluate(_tile("tdpbf16ps", _number(2), _number(5), _number(6)))
             T.evaluate(_tile("tdpbf16ps", _number(3), _number(5), _number(7)))
-            self._fetch_x(stage, tile, step)
-            with T.If(block == self.blocks.count - 1):
-                with T.Then():
-                    self._fetch_out(stage, tile, step)
-            with T.serial(due(step), due(step + 1)) as unit:
-                self._fill(stage + 1, unit)
-        with T.If(block == self.blocks.count - 1):
+            share = -(-ROWS // self.blocks.depth)
+            before = T.if_then_else(tile == 0, stage - 1, stage)
+            tile_before = T.if_then_else(tile == 0, self.tiles, tile) - 1
+            for i in range(share):
+                self._flush(before, tile_before, step * share + i)
+            with T.While(self.credit[0] >= T.cast(tile_steps, "int32")):
+                self._fill_due(stage + 1, tile_steps)
+        with T.serial(steps * share, ROWS) as row:
+            self._flush(before, tile_before, row)
+        for i in range(4):
+            at = T.address_of(self.last[i * TILE_WORDS])
+            T.evaluate(_tile("tilestored64", _number(i), at, line))
+        configure(False)
+
+    def _flush(self, stage: Expr, tile: Expr, row: Expr) -> None:
+        """Add a row of the last tiles of sums to those before; the last block's are the outputs."""
+        block = stage // self.panels
+        inside = T.And(stage >= 0, T.And(row < ROWS, self._row(tile) + row < self.m))
+        with T.If(inside):
             with T.Then():
-                for i in range(4):
-                    at = row(i // 2) * self.matrix.n + self._column(stage, i % 2)
-                    stride = T.int64(self.matrix.n * 4)
-                    T.evaluate(
-                        _tile("tilestored64", _number(i), T.address_of(self.out[at]), stride)
-                    )
-            with T.Else():
-                for i in range(4):
-                    T.evaluate(_tile("tilestored64", _number(i), kept(i), line))
+                for half in range(2):
+                    place = row // LINE_WORDS * 2 * TILE_WORDS + half * TILE_WORDS
+                    place += row % LINE_WORDS * LINE_WORDS
+                    kept = self._sums(stage, tile) + place
+                    new = self.last.vload([place], "float32x16")
+                    both = new
+                    if self.blocks.count > 1:
+                        both = new + self.sums.vload([kept], "float32x16")
+                    at = (self._row(tile) + row) * self.matrix.n + self._column(stage, half)
+                    with T.If(block == self.blocks.count - 1):
+                        with T.Then():
+                            T.buffer_store(self.out, both, [_ramp(at, LINE_WORDS)])
+                        if self.blocks.count > 1:
+                            with T.Else():
+                                total = T.Select(T.broadcast(block == 0, LINE_WORDS), new, both)
+                                T.buffer_store(self.sums, total, [_ramp(kept, LINE_WORDS)])
 
 
-# Tiles 0 .. 3 are sums, 4 and 5 rows of x, 6 and 7 the panel.
-_B_TILES = (6, 7)
+# Groups in a line of words.
+_LINE_GROUPS = 4
 # Floats of a row of scales on their way: a vector may start 16 before the block's first group.
 _STAGED = 3 * LINE_WORDS
 
@@ -383,11 +427,15 @@ def _tile(name: str, *operands: Expr) -> Expr:
     return T.call_llvm_intrin("void", intrinsic, *operands)
 
 
-def _prefetch(address: Expr, write: int, level: int) -> Expr:
+def _call(name: str, *operands: Expr) -> None:
+    T.evaluate(T.call_extern("int32", name, *operands))
+
+
+def _prefetch(buffer: tirx.Buffer, at: Expr) -> None:
+    """Fetch a line into every cache; an address beyond the tensor does no harm."""
     intrinsic = T.llvm_lookup_intrinsic_id("llvm.prefetch")
-    return T.call_llvm_intrin(
-        "void", intrinsic, address, T.int32(write), T.int32(level), T.int32(1)
-    )
+    operands = (T.address_of(buffer[at]), T.int32(0), T.int32(3), T.int32(1))
+    T.evaluate(T.call_llvm_intrin("void", intrinsic, *operands))
 
 
 def _number(tile: int) -> Expr:

@@ -9,66 +9,75 @@ float32, and two registers become the 32 values of a row of the tile in one roun
 
 from relaxlm.compiler.kernels.cpu_transpose import LANES, shuffle, transpose_lines
 
-FILL = "relaxlm_amx_fill_4"
+GATHER, FILL = "relaxlm_amx_gather_4", "relaxlm_amx_fill_4"
 TRANSPOSE = "relaxlm_transpose_16x16"
 GROUP_WORDS = 4
-TILE_BYTES = 1024
+# int32 words that GATHER leaves for FILL: two registers for each word of a group.
+GATHERED = 2 * LANES * GROUP_WORDS
 # The code of zero.
 ZERO = 7
 
 _FLOATS, _WORDS = f"<{LANES} x float>", f"<{LANES} x i32>"
 
 
-def fill_ir() -> str:
-    """i32 FILL(words, bytes from row to row, scales, tile): fill one tile.
+def gather_ir() -> str:
+    """i32 GATHER(words, bytes from row to row, gathered): a group of 16 rows.
 
-    `scales` are 16 floats, one per row; `tile` is aligned to 64 bytes.
+    `gathered` becomes [word][eight rows][row, twice].
     """
     lines = [
-        f"define linkonce_odr i32 @{FILL}(ptr noalias %words, i64 %stride, ptr noalias %scales, "
-        "ptr noalias %tile) alwaysinline nounwind {",
-        f"  %scale = load {_FLOATS}, ptr %scales, align 4",
+        f"define linkonce_odr i32 @{GATHER}(ptr noalias %words, i64 %stride, ptr noalias %gathered)"
+        " alwaysinline nounwind {",
     ]
-    values = ", ".join(f"float {float(code - ZERO)!r}" for code in range(16))
     for eight in range(2):
-        lanes = [8 * eight + i // 2 for i in range(LANES)]
-        lines.append(shuffle(f"%scale{eight}", "float", "%scale", "poison", lanes))
         # Words of rows 0, 2, 4, 6 of the eight in one register, those of 1, 3, 5, 7 in another.
         for odd in range(2):
-            for i in range(4):
-                row = 8 * eight + 2 * i + odd
+            first = 8 * eight + odd
+            for row in range(first, first + 8, 2):
                 lines += [
                     f"  %o{row} = mul i64 %stride, {row}",
                     f"  %p{row} = getelementptr i8, ptr %words, i64 %o{row}",
                     f"  %w{row} = load <4 x i32>, ptr %p{row}, align 4",
                 ]
-            first, four = 8 * eight + odd, ", ".join(f"i32 {i}" for i in range(8))
-            for i in range(2):
-                row = first + 4 * i
-                lines.append(
-                    f"  %h{row} = shufflevector <4 x i32> %w{row}, <4 x i32> %w{row + 2}, "
-                    f"<8 x i32> <{four}>"
-                )
-            sixteen = ", ".join(f"i32 {i}" for i in range(16))
-            lines.append(
-                f"  %q{first} = shufflevector <8 x i32> %h{first}, <8 x i32> %h{first + 4}, "
-                f"<16 x i32> <{sixteen}>"
-            )
+            for row in (first, first + 4):
+                lines.append(_joined(f"%h{row}", 4, f"%w{row}", f"%w{row + 2}"))
+            lines.append(_joined(f"%q{first}", 8, f"%h{first}", f"%h{first + 4}"))
+        even, odd_rows = f"%q{8 * eight}", f"%q{8 * eight + 1}"
         for j in range(GROUP_WORDS):
-            even, odd_rows = f"%q{8 * eight}", f"%q{8 * eight + 1}"
-            lanes = [
-                b + j
-                for block in range(0, LANES, 4)
-                for b in (block, block, 16 + block, 16 + block)
+            name = f"{j}.{eight}"
+            lanes = [lane + j for b in range(0, LANES, 4) for lane in (b, b, LANES + b, LANES + b)]
+            lines += [
+                shuffle(f"%d{name}", "i32", even, odd_rows, lanes),
+                f"  %a{name} = getelementptr i8, ptr %gathered, i64 {64 * (2 * j + eight)}",
+                f"  store {_WORDS} %d{name}, ptr %a{name}, align 4",
             ]
-            lines.append(shuffle(f"%d{j}.{eight}", "i32", even, odd_rows, lanes))
-    for pair in range(4 * GROUP_WORDS):
-        word, place = divmod(pair, 4)
-        shifts = ", ".join(f"i32 {8 * place + 4 * (i % 2)}" for i in range(LANES))
+    return "\n".join([*lines, "  ret i32 0", "}", ""])
+
+
+def fill_ir() -> str:
+    """i32 FILL(gathered, scales, tile): the four rows of a tile that one word of a group makes.
+
+    `gathered` are two registers, `scales` 16 floats, one per row; `tile` is aligned to 64 bytes.
+    """
+    values = ", ".join(f"float {float(code - ZERO)!r}" for code in range(16))
+    lines = [
+        f"define linkonce_odr i32 @{FILL}(ptr noalias %gathered, ptr noalias %scales, "
+        "ptr noalias %tile) alwaysinline nounwind {",
+        f"  %scale = load {_FLOATS}, ptr %scales, align 4",
+    ]
+    for eight in range(2):
+        twice = [8 * eight + i // 2 for i in range(LANES)]
+        lines += [
+            shuffle(f"%scale{eight}", "float", "%scale", "poison", twice),
+            f"  %g{eight} = getelementptr i8, ptr %gathered, i64 {64 * eight}",
+            f"  %w{eight} = load {_WORDS}, ptr %g{eight}, align 4",
+        ]
+    for pair in range(4):
+        shifts = ", ".join(f"i32 {8 * pair + 4 * (i % 2)}" for i in range(LANES))
         for eight in range(2):
             name = f"{pair}.{eight}"
             lines += [
-                f"  %s{name} = lshr {_WORDS} %d{word}.{eight}, <{shifts}>",
+                f"  %s{name} = lshr {_WORDS} %w{eight}, <{shifts}>",
                 f"  %c{name} = call {_FLOATS} @llvm.x86.avx512.permvar.sf.512("
                 f"{_FLOATS} <{values}>, {_WORDS} %s{name})",
                 f"  %f{name} = fmul {_FLOATS} %c{name}, %scale{eight}",
@@ -86,6 +95,15 @@ def fill_ir() -> str:
         f"declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512({_FLOATS}, {_FLOATS})",
     ]
     return "\n".join([*lines, ""])
+
+
+def _joined(name: str, lanes: int, first: str, second: str) -> str:
+    numbers = ", ".join(f"i32 {i}" for i in range(2 * lanes))
+    vector = f"<{lanes} x i32>"
+    return (
+        f"  {name} = shufflevector {vector} {first}, {vector} {second}, "
+        f"<{2 * lanes} x i32> <{numbers}>"
+    )
 
 
 def transpose_ir() -> str:
