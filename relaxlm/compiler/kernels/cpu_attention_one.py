@@ -8,7 +8,7 @@ from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels.attention import AttentionShape
 from relaxlm.compiler.kernels.builder import scratch
-from relaxlm.compiler.kernels.cpu_attention_pages import PAGES, Round
+from relaxlm.compiler.kernels.cpu_attention_pages import PAGES_OF_ONE, Round
 from relaxlm.compiler.kernels.cpu_attention_products import Accumulators, get, put
 from relaxlm.compiler.kernels.vector import multiply_add, splat
 from relaxlm.quantization.kv_cache import KVFormat
@@ -37,10 +37,10 @@ class Direct:
         self.passes = -(-share // block)
         self.rows = -(-share // self.passes)
         # Few heads alone would leave units idle, so pages and features are summed side by side.
-        self.pages_beside = _beside(PAGES, sums // self.rows)
+        self.pages_beside = _beside(PAGES_OF_ONE, sums // self.rows)
         self.lanes = math.gcd(self.dim, 16)
         self.parts_beside = _beside(self.dim // self.lanes, sums // self.rows)
-        self.width = PAGES * self.page
+        self.width = PAGES_OF_ONE * self.page
 
     def scratch_bytes(self) -> int:
         return 4 * self.rows * (self.together * self.passes * self.dim + self.width)
@@ -94,7 +94,7 @@ class Direct:
             with T.serial(here) as c, T.serial(self.page) as t:
                 # The keys of the next round, while the arithmetic units are busy.
                 step = part * self.page + t
-                pages.prefetch(pages.tables.k, PAGES + c, step, loops * self.page)
+                pages.prefetch(pages.tables.k, PAGES_OF_ONE + c, step, loops * self.page)
 
                 def product(r: Expr, p: int, total: Expr) -> Expr:
                     weight = splat(self.scores[self.score_at(r, c) + t], lanes)

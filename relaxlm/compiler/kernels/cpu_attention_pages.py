@@ -13,8 +13,10 @@ from relaxlm.compiler.kernels.cpu_float8 import decode_e4m3
 from relaxlm.compiler.kernels.vector import prefetch, splat, to_float32, vector
 from relaxlm.quantization.kv_cache import KVFormat
 
-# Pages per round of the online softmax: even, and a multiple of what is summed side by side.
+# Pages per round of the online softmax, even: of rows that share panels, and of a single row, whose
+# next round had better be on its way soon.
 PAGES = 8
+PAGES_OF_ONE = 4
 # Below any real score, but finite: a page of masked tokens must not give inf - inf.
 MASKED = -1e30
 # The position of tokens that are not there: after every query.
@@ -103,11 +105,13 @@ class Tables:
 
 @dataclass(frozen=True)
 class Round:
-    """`PAGES` pages of one KV head, and as many that come next.
+    """Some pages of one KV head, and as many that come next.
 
     Attributes:
-        numbers: [2 PAGES] int32, which pages; those beyond the last repeat it.
-        starts: [PAGES] int32, the position of each one's first token; `NOWHERE` beyond the last.
+        numbers: [2 size] int32 or longer, which pages; those beyond the last repeat it.
+        starts: [size] int32 or longer, the position of each one's first token; `NOWHERE` beyond the
+            last.
+        size: pages of the round.
     """
 
     tables: Tables
@@ -115,16 +119,17 @@ class Round:
     head: Expr
     numbers: tirx.Buffer
     starts: tirx.Buffer
+    size: int = PAGES
 
     def find(self, sequence: Expr, first: Expr, end: Expr) -> None:
         """Look up the pages from `first` of a sequence on, of which there are `end`."""
         tables = self.tables
-        with T.serial(2 * PAGES) as i:
+        with T.serial(2 * self.size) as i:
             index = T.min(first + i, end - 1)
             T.buffer_store(
                 self.numbers, tables.page_ids[tables.page_offsets[sequence] + index], [i]
             )
-        with T.serial(PAGES) as i:
+        with T.serial(self.size) as i:
             start = tables.position(sequence, first + i)
             T.buffer_store(self.starts, T.if_then_else(first + i < end, start, NOWHERE), [i])
 
@@ -133,7 +138,7 @@ class Round:
         shape, last = self.tables.shape, T.int32(0)
         if shape.window <= 0:
             return T.bool(True)
-        for start in (self.starts[i] for i in range(PAGES)):
+        for start in (self.starts[i] for i in range(self.size)):
             last = T.max(last, T.if_then_else(start == NOWHERE, 0, start))
         near = query - (last + shape.page_size - 1) < shape.window
         return near | (self.starts[0] < shape.sinks) if shape.sinks > 0 else near

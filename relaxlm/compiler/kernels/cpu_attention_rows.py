@@ -9,7 +9,7 @@ from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels.builder import scratch
 from relaxlm.compiler.kernels.cpu_attention_one import Direct
-from relaxlm.compiler.kernels.cpu_attention_pages import PAGES, Round
+from relaxlm.compiler.kernels.cpu_attention_pages import PAGES, PAGES_OF_ONE, Round
 from relaxlm.compiler.kernels.cpu_attention_products import Products
 from relaxlm.compiler.kernels.cpu_attention_softmax import Sums, soften
 
@@ -41,11 +41,12 @@ def attend_one(
     with T.serial(heads * each) as r:
         kept.clear(r)
         direct.put_query(r, element(r // each, r % each))
-    with T.serial((end - begin + PAGES - 1) // PAGES) as index:
-        at = begin + index * PAGES
+    pages = replace(pages, size=PAGES_OF_ONE)
+    with T.serial((end - begin + PAGES_OF_ONE - 1) // PAGES_OF_ONE) as index:
+        at = begin + index * PAGES_OF_ONE
         pages.find(sequence, at, end)
         with T.If(pages.matters(queries[0])), T.Then():
-            here = T.min(end - at, PAGES)
+            here = T.min(end - at, PAGES_OF_ONE)
             with T.serial(heads * direct.passes) as number:
                 first = number * direct.rows
                 of_head = replace(pages, head=pages.head + number // direct.passes)
