@@ -26,8 +26,8 @@ ARM: dict[Isa, tuple[str, ...]] = {"dotprod": ("dotprod",), "i8mm": ("dotprod", 
 # Rows of W, and of x, that no tile divides; a step, a vector and a group of W left over; a second
 # block of K; fewer rows or groups than lanes.
 REST, LONG, NARROW, LEAST = (35, 330), (17, 1056), (5, 96), (1, 32)
-# One, two, and tiles of four, two and one.
-ROWS = (1, 2, 3, 18)
+# One, two, and tiles of eight, four, two and one.
+ROWS = (1, 2, 3, 15)
 
 
 def kernels(shapes: list[tuple[int, int]], scheme: str, isa: Isa) -> dict[str, tvm.tirx.PrimFunc]:
@@ -146,7 +146,7 @@ def test_instructions_of_x86(isa: Isa, has: str, lacks: str) -> None:
     assert has in assembly and lacks not in assembly and "zmm" not in assembly
 
 
-@pytest.mark.parametrize(("isa", "has"), [("dotprod", ["sdot"]), ("i8mm", ["sdot"])])
+@pytest.mark.parametrize(("isa", "has"), [("dotprod", ["sdot"]), ("i8mm", ["sdot", "smmla"])])
 def test_instructions_of_arm(isa: Isa, has: list[str]) -> None:
     multiply = kernels([(64, 512)], "q4f16_1", isa)["multiply512"]
     named = tvm.IRModule({"multiply": multiply.with_attr("global_symbol", "multiply")})

@@ -1,8 +1,9 @@
 """x @ W.T with x in int8 on CPUs without AVX-512: which kernel runs when.
 
     rows of x       kernel
-    1, 2            cpu_narrow_rows: lanes along a row of W, as fast as W can be read
-    more            cpu_narrow_panel: lanes across rows of W, as fast as the CPU multiplies
+    1, 2, 3-4       cpu_narrow_rows: lanes along a row of W, as fast as W can be read
+    more            cpu_narrow_panel: lanes across rows of W, as fast as the CPU multiplies;
+                    cpu_narrow_squares: the same with i8mm and 4-bit codes
 
 W is stored row by row, with 4 or 8 bits in groups of 32, x is `packed` in the order `linear`, and
 
@@ -19,6 +20,7 @@ from relaxlm.compiler.kernels.builder import T, flat
 from relaxlm.compiler.kernels.cpu_narrow_dots import dots
 from relaxlm.compiler.kernels.cpu_narrow_panel import Panel
 from relaxlm.compiler.kernels.cpu_narrow_rows import FewRows, lanes_for
+from relaxlm.compiler.kernels.cpu_narrow_squares import Squares
 from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.packed import GROUP
 from relaxlm.compiler.kernels.stored import StoredMatrix
@@ -32,8 +34,10 @@ TILES: dict[Isa, tuple[int, int]] = {
     "i8mm": (4, 4),
     "dotprod": (4, 4),
 }
+# The same in pairs of rows of W, for `Squares`.
+SQUARES = (4, 8)
 # Rows of x for which the lanes lie along a row of W.
-FEW = (1, 2)
+FEW = (1, 2, 4)
 
 
 def supports(matrix: StoredMatrix, isa: Isa) -> bool:
@@ -78,10 +82,12 @@ def emit_matmul(
     bits, words, scales = matrix.quant.bits, flat(weight), flat(scale)
     along = dots(isa, lanes_for(matrix, LANES[isa]), bits)
     across = dots(isa, LANES[isa], bits)
+    squares = isa == "i8mm" and Squares.fits(matrix, SQUARES[0])
+    many = Squares(matrix, across, *SQUARES) if squares else Panel(matrix, across, *TILES[isa])
 
     def few(sizes: tuple[int, ...]) -> None:
         if not sizes:
-            Panel(matrix, across, *TILES[isa]).emit(m, packed, words, scales, out)
+            many.emit(m, packed, words, scales, out)
             return
         with T.If(m <= sizes[0]):
             with T.Then():

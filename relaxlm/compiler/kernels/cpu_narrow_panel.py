@@ -62,9 +62,9 @@ class Panel:
         wide = self.wide
         with T.parallel((self.matrix.n + wide - 1) // wide) as task:
             panel = scratch(self.depth * GROUP_WORDS * wide, "int32")
-            factors = scratch(self.depth * wide, "float32")
+            factors = scratch(self.depth * self.vectors * self.lanes, "float32")
             # Sums between blocks of K. Not in `out`: the last tasks may overlap.
-            carried = scratch(m * wide, "float32") if self.k_blocks > 1 else None
+            carried = scratch((m + 1) * wide, "float32") if self.k_blocks > 1 else None
             with T.serial(self.k_blocks) as block:
                 self._fill(words, task, block, panel)
                 self._fill_factors(scales, task, block, factors)

@@ -1,4 +1,4 @@
-"""packed x @ W.T for one or two rows of x, on CPUs without AVX-512: lanes along a row of W.
+"""packed x @ W.T for one to four rows of x, on CPUs without AVX-512: lanes along a row of W.
 
 A step takes four vectors of words of a row of W, which are as many groups of 32 as a vector has
 lanes. Every vector gives two of codes: with 4 bits the even and the odd elements, with 8 bits the
