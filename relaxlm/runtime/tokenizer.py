@@ -7,12 +7,12 @@ reads all three as transformers does.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import from_json
 
 from relaxlm.errors import RequestError, TokenizerError
 from relaxlm.files import parse_json_object, read_bytes, read_json_object
@@ -35,6 +35,23 @@ _ROLES = (
     "cls_token",
     "mask_token",
 )
+
+
+def _parse(content: bytes, where: str) -> dict[str, Any]:
+    """tokenizer.json, megabytes in most models, by pydantic's parser, which is quicker."""
+    try:
+        description = from_json(content)
+    except ValueError:
+        description = None
+    if isinstance(description, dict):
+        return description
+    return parse_json_object(content, where, TokenizerError)  # tells what is wrong
+
+
+def _model_ids(description: dict[str, Any]) -> Iterable[int]:
+    """The ids of the model's own tokens: a mapping in most models, a list in Unigram ones."""
+    vocab = description.get("model", {}).get("vocab") or {}
+    return vocab.values() if isinstance(vocab, dict) else range(len(vocab))
 
 
 class TokenizerInfo(BaseModel):
@@ -68,7 +85,7 @@ class Tokenizer:
         """
         settings = settings or {}
         self.where = where
-        description = parse_json_object(content, where, TokenizerError)
+        description = _parse(content, where)
         check_added_tokens(description, where)
         try:
             self._backend = tokenizers.Tokenizer.from_buffer(content)
@@ -92,6 +109,7 @@ class Tokenizer:
         self._description = {
             key: description.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")
         }
+        self._highest_id = max([-1, *added, *_model_ids(description)])
         self._rules = decode_rules(self._description["decoder"])
         self._prefix, self._suffix = self._sequence_frame(settings)
 
@@ -111,10 +129,10 @@ class Tokenizer:
 
     # Vocabulary
 
-    @cached_property
+    @property
     def vocab_size(self) -> int:
         """One more than the highest id: logits from there on are padding."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return self._highest_id + 1
 
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it ("Ġworld", "▁world"); None outside the
