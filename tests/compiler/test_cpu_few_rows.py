@@ -6,25 +6,23 @@ import tvm
 
 from relaxlm.compiler.kernels import cpu_few_rows
 from relaxlm.compiler.kernels.builder import emit, length, tensor
-from relaxlm.compiler.kernels.isa import Isa, dot_products
+from relaxlm.compiler.kernels.isa import NEEDS, Isa
 from relaxlm.compiler.kernels.packed import pack_kernel, row_words
 from relaxlm.compiler.kernels.stored import StoredMatrix
-from relaxlm.compiler.target import resolve_device
 from relaxlm.quantization.schemes import get_scheme
+from relaxlm.runtime.cpu import missing_features
 from tests.compiler.test_cpu_matmul import build, inner_loops
 from tests.compiler.test_packed import rounded
 
-# Whole lines of 128; a rest of one group of four, and of elements; of three groups; one row; rows
-# that are no multiple of four; a row shorter than a line.
-SHAPES = [(8, 256), (7, 128 + 31), (1, 224), (13, 40)]
+# (outputs, inputs): whole lines of 128, with rests of 16 rows and of 64; a rest of one group of
+# four, and of elements; of three groups, and one row; a row shorter than a line; one tile.
+SHAPES = [(72, 256), (7, 128 + 31), (1, 224), (13, 40), (16, 128)]
 ROWS = (1, 2, 3, 5, 11, 16)
 
 
-def isa_of_this_cpu() -> Isa:
-    isa = dot_products(resolve_device("cpu").tvm_target())
-    if isa not in ("amx", "avx512"):
-        pytest.skip("this CPU has no AVX-512 VNNI")
-    return isa
+def require(isa: Isa) -> None:
+    if missing := missing_features(NEEDS[isa]):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
 
 
 def matmul_kernel(matrix: StoredMatrix, isa: Isa) -> tvm.tirx.PrimFunc:
@@ -50,9 +48,13 @@ def at_the_end(array: np.ndarray) -> tvm.runtime.Tensor:
     return tvm.runtime.from_dlpack(copy)._create_view(array.shape, str(array.dtype))
 
 
-@pytest.mark.parametrize("scheme", ["q4f16_1", "q4f32_1", "q4bf16_1"])
-def test_products_with_rounded_activations(scheme: str) -> None:
-    isa, quant = isa_of_this_cpu(), get_scheme(scheme).linear
+@pytest.mark.parametrize(
+    ("isa", "scheme"),
+    [("avx512", "q4f16_1"), ("avx512", "q4f32_1"), ("avx512", "q4bf16_1"), ("amx", "q4f16_1")],
+)
+def test_products_with_rounded_activations(isa: Isa, scheme: str) -> None:
+    require(isa)
+    quant = get_scheme(scheme).linear
     assert quant is not None
     rng = np.random.default_rng(2)
     kernels = {}
@@ -83,16 +85,17 @@ def test_products_with_rounded_activations(scheme: str) -> None:
             assert m * n < 20 or error < 1e-2
 
 
-def test_inner_loops_call_nothing() -> None:
+@pytest.mark.parametrize("isa", ["avx512", "amx"])
+def test_inner_loops_call_nothing(isa: Isa) -> None:
     """A named value, or a buffer of 1024 bytes, would be a call of the allocator at every pass."""
-    isa, quant = isa_of_this_cpu(), get_scheme("q4f16_1").linear
-    for k in (512, 544):
-        matrix = StoredMatrix(96, k, quant, "float16")
-        assembly = build({"m": matmul_kernel(matrix, isa)}).mod.inspect_source("asm")
-        loops = inner_loops(assembly)
-        assert len(loops) >= 4  # 1, 2, 4 and 8 rows of x
-        assert not [body for body in loops if "call" in body]
-        assert "AllocWorkspace@GOT" not in assembly
+    require(isa)
+    matrix = StoredMatrix(96, 512, get_scheme("q4f16_1").linear, "float16")
+    assembly = build({"m": matmul_kernel(matrix, isa)}).mod.inspect_source("asm")
+    loops = inner_loops(assembly)
+    assert len(loops) >= 4  # 1, 2, 4 and 8 rows of x
+    assert not [body for body in loops if "call" in body]
+    # Only AMX's sums are too large for the stack, and those of a task, 64 rows of W, share room.
+    assert ("AllocWorkspace@GOT" in assembly) == (isa == "amx")
 
 
 @pytest.mark.parametrize("scheme", ["q4f16_0", "q3f16_1", "q8f16_1"])
@@ -102,4 +105,5 @@ def test_other_formats_are_left_to_other_kernels(scheme: str) -> None:
     for isa in ("amx", "avx512"):
         assert not cpu_few_rows.supports(StoredMatrix(8, 256, quant, "float16"), isa)
     quant = get_scheme("q4f16_1").linear
+    assert not cpu_few_rows.supports(StoredMatrix(8, 256, quant, "float16"), "amx")  # no tile
     assert not cpu_few_rows.supports(StoredMatrix(8, 256, quant, "float16"), "avx2")

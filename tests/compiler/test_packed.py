@@ -5,7 +5,14 @@ import pytest
 import tvm
 
 from relaxlm.compiler.kernels.isa import Isa, dot_products
-from relaxlm.compiler.kernels.packed import FEW, PackedRow, pack_kernel, row_words, weaves
+from relaxlm.compiler.kernels.packed import (
+    FEW,
+    PackedRow,
+    pack_kernel,
+    row_words,
+    weaves,
+    woven_rows,
+)
 from relaxlm.compiler.target import resolve_device
 from relaxlm.runtime.cpu import missing_features
 from tests.compiler.test_cpu_matmul import build
@@ -53,7 +60,7 @@ def check(packed: np.ndarray, x: np.ndarray, isa: Isa) -> None:
         np.testing.assert_array_equal(starts[:, 0], -7 * sums[0])
         assert not starts[:, 1:].any()
         return
-    if weaves(isa) and m <= FEW:
+    if weaves(isa) and m <= woven_rows(x.shape[1], isa):
         expected = expected.transpose(0, 1, 3, 4, 2, 5)
     bytes_ = np.ascontiguousarray(packed[:, : row.scales]).view(np.int8)
     np.testing.assert_array_equal(bytes_, expected.reshape(m, -1))
@@ -74,7 +81,7 @@ def test_rows_are_packed(arch: str) -> None:
     rng = np.random.default_rng(1)
     library = build({f"p{k}": pack_kernel(k, isa) for k in LENGTHS}, arch)
     for k in LENGTHS:
-        for m in (1, 3, FEW + 1, 300):
+        for m in (1, 3, FEW, FEW + 1, 300):
             x = rng.standard_normal((m, k), np.float32) * 10 ** rng.uniform(-6, 6, (m, 1))
             x = x.astype(np.float32)
             x[m // 2, : min(k, 32)] = 0

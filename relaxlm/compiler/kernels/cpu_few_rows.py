@@ -10,24 +10,30 @@ the high ones the odd elements; `packed` has x in that order.
     1            line by line
     2 - 16       four lines at a time, of four rows of W, whose words are exchanged so that lanes
                  are [row, group] and the eight dot products of a group add up before scaling;
-                 more than 8 rows of x are done in two passes over the four rows of W
+                 more than 8 rows of x are done in two passes over the four rows of W; where
+                 there are tiles (`cpu_few_rows_amx`), those do more than 8
 
 Memory is asked for ahead, so that what four rows of W need next arrives as one stream.
 """
+
+from collections.abc import Callable
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
+from relaxlm.compiler.kernels import cpu_few_rows_amx
 from relaxlm.compiler.kernels.builder import flat, scratch
 from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.packed import (
     BLOCK_GROUPS,
     BLOCK_WORDS,
+    FEW,
     GROUP,
     SINGLE_WORDS,
     PackedRow,
     weaves,
+    woven_rows,
 )
 from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.vector import multiply_add, splat, spread, to_float32
@@ -51,11 +57,14 @@ def supports(matrix: StoredMatrix, isa: Isa) -> bool:
         weaves(isa)
         and quant is not None
         and (quant.bits, quant.group, quant.layout) == (4, GROUP, "NK")
+        and (woven_rows(matrix.k, isa) == FEW or cpu_few_rows_amx.supports(matrix))
     )
 
 
 def imports(matrix: StoredMatrix, isa: Isa) -> list[str]:
     """LLVM IR that the kernel needs."""
+    if woven_rows(matrix.k, isa) != FEW:
+        return cpu_few_rows_amx.imports()
     if matrix.groups % BLOCK_GROUPS == 0:
         return []
     return [_load_ir("i32", LANES), _load_ir(_INTEGERS[matrix.dtype][1], BLOCK_GROUPS)]
@@ -73,23 +82,38 @@ def emit_matmul(
     """Emit out [m, N] float32 = x @ W.T for 1 <= m <= FEW.
 
     Args:
-        packed: [m, row_words(K)] int32, x in the order `single` or `woven`.
+        packed: [m, row_words(K)] int32, as `pack_kernel` makes it.
         weight: [N, words] uint32.
         scale: [N, groups] of the matrix's dtype.
     """
     assert supports(matrix, isa), matrix
     stored = _Stored(matrix, flat(weight), flat(scale))
-    with T.If(m == 1):
+
+    def few(rows: int) -> Callable[[], None]:
+        return lambda: _few(stored, m, packed, out, rows)
+
+    def tiles() -> None:
+        cpu_few_rows_amx.emit_matmul(matrix, m, packed, weight, scale, out)
+
+    kernels = [(1, lambda: _one(stored, packed, out)), (2, few(2)), (4, few(4))]
+    if woven_rows(matrix.k, isa) < FEW:
+        kernels += [(woven_rows(matrix.k, isa), few(TILE)), (FEW, tiles)]
+    else:
+        kernels += [(FEW, few(TILE))]
+    _choose(m, kernels)
+
+
+def _choose(m: Expr, kernels: list[tuple[int, Callable[[], None]]]) -> None:
+    """Emit the first kernel whose number of rows is enough for m."""
+    (rows, kernel), *more = kernels
+    if not more:
+        kernel()
+        return
+    with T.If(m <= rows):
         with T.Then():
-            _one(stored, packed, out)
-        with T.Else(), T.If(m == 2):
-            with T.Then():
-                _few(stored, m, packed, out, 2)
-            with T.Else(), T.If(m <= 4):
-                with T.Then():
-                    _few(stored, m, packed, out, 4)
-                with T.Else():
-                    _few(stored, m, packed, out, TILE)
+            kernel()
+        with T.Else():
+            _choose(m, more)
 
 
 class _Stored:

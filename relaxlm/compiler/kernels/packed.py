@@ -12,7 +12,7 @@ How things lie in a row depends on the number of rows, and on the CPU:
                  32 codes [half, group, j]
                  16 scale [group, 4 times]
                  16 start [group, 4], of which the last three are 0
-    woven    for 2 to `FEW` rows
+    woven    for 2 to `woven_rows`
                  at 0        codes, block by block, [half, j, group]
                  at scales   scale, one word per group
                  at sums     sum, one word per group
@@ -44,6 +44,8 @@ BLOCK_WORDS = BLOCK // 4
 SINGLE_WORDS = 64
 # The most rows of x for which kernels are made to read weights at the speed of memory.
 FEW = 16
+# From how many rows on AMX's tiles are used where they can be: with 8, both ways take as long.
+TILES_FROM = 9
 # What the dot product with a 4-bit code has too much, per unit of x: the code of zero.
 ZERO_OF_4_BITS = 7
 # A scale must not be zero; this one makes every code of a group of zeros zero.
@@ -98,6 +100,11 @@ def row_words(k: int) -> int:
 def weaves(isa: Isa) -> bool:
     """Whether kernels for few rows on such CPUs want the orders `single` and `woven`."""
     return isa in ("amx", "avx512")
+
+
+def woven_rows(k: int, isa: Isa) -> int:
+    """The most rows of x that lie `woven` on a CPU that weaves; there are always 2."""
+    return TILES_FROM - 1 if isa == "amx" and k % BLOCK == 0 else FEW
 
 
 def emit_pack(
@@ -237,7 +244,7 @@ def _pack_block(
             begun = T.Shuffle([starts] + [zeros] * 3, [tirx.const(lane, "int32") for lane in lanes])
             store(block * SINGLE_WORDS + BLOCK_WORDS + LANES, LANES, begun)
         with T.Else():
-            with T.If(m <= FEW):
+            with T.If(m <= woven_rows(k, isa)):
                 with T.Then():
                     store_words(block * BLOCK_WORDS, woven)
                 with T.Else():
