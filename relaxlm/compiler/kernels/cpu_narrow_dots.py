@@ -42,6 +42,8 @@ class Dots:
     """
 
     signed = False
+    # LLVM's letter for a vector register, if `in_turn` has something to do.
+    register = ""
 
     def __init__(self, lanes: int, bits: int) -> None:
         self.lanes, self.bits = lanes, bits
@@ -61,8 +63,19 @@ class Dots:
 
     @property
     def imports(self) -> list[str]:
-        """LLVM IR of functions that are called here."""
-        return []
+        """LLVM IR of the function behind `in_turn`: no instruction, but it keeps its place."""
+        if not self.register:
+            return []
+        lanes, bits = self._partial_lanes, 32 * self.lanes // self._partial_lanes
+        kind = f"<{lanes} x i{bits}>"
+        return [
+            f"""
+define {kind} @relaxlm_in_turn_{self.partial}({kind} %v) alwaysinline nounwind {{
+  %r = call {kind} asm sideeffect "", "={self.register},0"({kind} %v) nounwind memory(none)
+  ret {kind} %r
+}}
+"""
+        ]
 
     @property
     def moved(self) -> bool:
@@ -91,10 +104,11 @@ class Dots:
     def in_turn(self, total: Expr) -> Expr:
         """A sum of `add`, computed when it is this one's turn in the program.
 
-        LLVM makes trees of plain additions, and takes the products of one tree after the other,
-        for which there are too few registers.
+        LLVM would take the products of one sum after the other, and reads the codes anew for each.
         """
-        return total
+        if not self.register:
+            return total
+        return T.call_pure_extern(self.partial, f"relaxlm_in_turn_{self.partial}", total)
 
     def word(self, packed: tirx.Buffer, row: Expr, at: Expr, j: int) -> Expr:
         """Word at + j of a row of x in all lanes."""
@@ -171,6 +185,8 @@ class PairDots(Dots):
 class NibblePairDots(PairDots):
     """Products of 4-bit codes, all 32 of a group added up in 16 bits: at most 16 * 15 * 127."""
 
+    register = "x"
+
     @property
     def partial(self) -> str:
         return f"int16x{2 * self.lanes}"
@@ -178,21 +194,6 @@ class NibblePairDots(PairDots):
     def add(self, total: Expr, codes: Expr, x: Expr) -> Expr:
         unsigned = self.bytes(codes, signed=False)
         return total + self._multiply(unsigned, self.bytes(x, signed=True))
-
-    def in_turn(self, total: Expr) -> Expr:
-        return T.call_pure_extern(self.partial, f"relaxlm_in_turn_{self.partial}", total)
-
-    @property
-    def imports(self) -> list[str]:
-        kind = f"<{2 * self.lanes} x i16>"
-        return [
-            f"""
-define {kind} @relaxlm_in_turn_{self.partial}({kind} %v) alwaysinline nounwind {{
-  %r = call {kind} asm sideeffect "", "=x,0"({kind} %v) nounwind memory(none)
-  ret {kind} %r
-}}
-"""
-        ]
 
     def finish(self, total: Expr) -> Expr:
         return self._widen(total)
@@ -207,6 +208,7 @@ define {kind} @relaxlm_in_turn_{self.partial}({kind} %v) alwaysinline nounwind {
 
 class ArmDots(Dots):
     signed = True
+    register = "w"
 
     def word(self, packed: tirx.Buffer, row: Expr, at: Expr, j: int) -> Expr:
         # Instructions take a word of a register in place.
