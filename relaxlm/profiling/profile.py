@@ -182,7 +182,8 @@ class _Costs:
     def of(self, call: Call) -> tuple[int, int]:
         *_, result = call.arguments
         matrix = next((m for m in map(self._matrix, call.arguments) if m is not None), None)
-        looks_up = matrix is not None and result.shape[-1] != matrix.shape[0]
+        # Token ids, where a product has rows of numbers.
+        looks_up = matrix is not None and len(call.arguments[0].shape) == 1
         appends = "append" in call.kernel
         attends = not appends and any(a.name in self._cache_names for a in call.arguments)
         nbytes = 0
