@@ -72,7 +72,8 @@ class Products(Protocol):
         rows: query rows of a block.
         imports: LLVM IR that the kernel needs.
         exact: whether weights are used as float32.
-        slots: blocks whose scores or weights are kept at a time.
+        slots: blocks whose scores and weights are kept at a time: 2 if products and exponentials
+            of different blocks can overlap, else 1.
         gather_steps: what `gather` is cut into.
         scores: [slots, rows, PAGES * page], once declared.
     """
@@ -102,7 +103,7 @@ class Products(Protocol):
     def fill(self, pages: Round, page: Expr) -> None:
         """Copy a page and the next one of a round into the panels."""
 
-    def score(self, first: Expr, pair: Expr, slot: Expr) -> None:
+    def score(self, first: Expr, pair: Expr, slot: Expr | int) -> None:
         """Rows first .. first + rows against a pair of the round's pages, into `scores`."""
 
     def score_at(self, row: Expr, page: Expr) -> Expr:
@@ -111,7 +112,9 @@ class Products(Protocol):
     def put_weights(self, pages: Round, row: Expr, pair: Expr, weights: list[Expr]) -> None:
         """What the tokens of a pair of pages count for a row, as in `score_at`."""
 
-    def gather(self, first: Expr, pairs: Expr, step: Expr, slot: Expr, sums: tirx.Buffer) -> None:
+    def gather(
+        self, first: Expr, pairs: Expr, step: Expr, slot: Expr | int, sums: tirx.Buffer
+    ) -> None:
         """Add the weighted values of some pairs of pages to a part of `sums` [rows, dim]."""
 
 
@@ -151,7 +154,7 @@ class InRegisters:
     depth: int  # features, or tokens, per word of an operand
     imports: Sequence[str]
     exact: bool
-    slots: int
+    slots = 1
     scores: tirx.Buffer
 
     def put_query(self, row: Expr, element) -> None:
@@ -200,7 +203,7 @@ class InRegisters:
         """total [lanes] + one word of q or weights times a vector of the panel's words."""
         raise NotImplementedError
 
-    def score(self, first: Expr, pair: Expr, slot: Expr) -> None:
+    def score(self, first: Expr, pair: Expr, slot: Expr | int) -> None:
         page, words = self.page, self.dim // self.depth
         with T.serial(2 // self.wide) as group:
             at_page = 2 * pair + group * self.wide
@@ -216,7 +219,9 @@ class InRegisters:
             start = slot * self.rows
             sums.finish(self.scores, lambda r, c: self.score_at(start + r, at_page + c))
 
-    def gather(self, first: Expr, pairs: Expr, step: Expr, slot: Expr, sums: tirx.Buffer) -> None:
+    def gather(
+        self, first: Expr, pairs: Expr, step: Expr, slot: Expr | int, sums: tirx.Buffer
+    ) -> None:
         lanes, tokens = self.lanes, 2 * self.page // self.depth
         width, start = self.width // self.depth, slot * self.rows
         totals = Accumulators(self.rows, self.parts_beside, lanes)
@@ -242,7 +247,6 @@ class Exact(InRegisters):
     """Panels k [PAGES, dim, page] and v [PAGES, page, dim] in float32; weights replace scores."""
 
     words, depth, exact = "float32", 1, True
-    slots = 3  # weights stay until they are gathered, two blocks later
     imports: Sequence[str] = ()
 
     def put_query(self, row: Expr, element) -> None:
@@ -328,7 +332,6 @@ class Pairs(InRegisters):
     """Products of pairs of bfloat16 numbers, 16 sums an instruction."""
 
     words, depth, exact = "int32", 2, False
-    slots = 2
     imports: Sequence[str] = (BFLOAT16_IR,)
 
     def __init__(self, shape: AttentionShape, rows: int, wide: int) -> None:

@@ -85,7 +85,7 @@ def attend_rows(
     kept_rows = int(kept.best.shape[0])
     products.declare(kept_rows)
     seen = scratch(kept_rows // block, "int32")
-    chunks = max(CHUNKS, products.gather_steps)
+    chunks = max(CHUNKS, products.gather_steps) if products.slots > 1 else 1
     rows_each = -(-block // chunks)
     products.begin()
     with T.serial(blocks * block) as r:
@@ -99,7 +99,7 @@ def attend_rows(
     def pairs(number: Expr) -> Expr:
         return (seen[number] + 1) // 2
 
-    def weigh(number: Expr, chunk: Expr, masked: bool) -> None:
+    def weigh(number: Expr, chunk: Expr | int, masked: bool) -> None:
         first = number * block + chunk * rows_each
         rows = T.min(count * share - first, T.min(block - chunk * rows_each, rows_each))
         soften(
@@ -121,6 +121,37 @@ def attend_rows(
         some = last + (page - 1) > queries[number * block // share]
         return some | (pages.starts[0] <= latest(number) - window) if window > 0 else some
 
+    def weigh_any(number: Expr, chunk: Expr | int) -> None:
+        with T.If(hidden(number)):
+            with T.Then():
+                weigh(number, chunk, True)
+            with T.Else():
+                weigh(number, chunk, False)
+
+    def one_by_one() -> None:
+        with T.serial(blocks) as number, T.If(seen[number] > 0), T.Then():
+            first = number * block
+            with T.serial(pairs(number)) as pair:
+                products.score(first, pair, 0)
+            weigh_any(number, 0)
+            with T.serial(products.gather_steps) as step:
+                products.gather(first, pairs(number), step, 0, kept.sums)
+
+    def overlapped() -> None:
+        # Three blocks are under way at a time, so that products and exponentials, which keep
+        # different units busy, are neighbours.
+        with T.serial(blocks + 2) as stage, T.serial(chunks) as chunk:
+            scored, last = T.min(stage, blocks - 1), T.max(stage - 2, 0)
+            weighed = T.min(T.max(stage - 1, 0), blocks - 1)
+            with T.If(T.And(stage < blocks, chunk < pairs(scored))), T.Then():
+                products.score(scored * block, chunk, scored % products.slots)
+            step = chunk - (chunks - products.gather_steps)
+            with T.If(T.And(T.And(stage >= 2, step >= 0), seen[last] > 0)), T.Then():
+                slot = last % products.slots
+                products.gather(last * block, pairs(last), step, slot, kept.sums)
+            with T.If(T.And(stage == weighed + 1, seen[weighed] > 0)), T.Then():
+                weigh_any(weighed, chunk)
+
     with T.serial((end - begin + PAGES - 1) // PAGES) as index:
         at = begin + index * PAGES
         pages.find(sequence, at, end)
@@ -131,22 +162,8 @@ def attend_rows(
             with T.serial(blocks) as number:
                 here = T.min(end, tables.pages_seen(sequence, latest(number))) - at
                 T.buffer_store(seen, T.max(T.min(here, PAGES), 0), [number])
-            # Three blocks are under way at a time, so that products and exponentials, which keep
-            # different units busy, are neighbours.
-            with T.serial(blocks + 2) as stage, T.serial(chunks) as chunk:
-                scored, last = T.min(stage, blocks - 1), T.max(stage - 2, 0)
-                weighed = T.min(T.max(stage - 1, 0), blocks - 1)
-                with T.If(T.And(stage < blocks, chunk < pairs(scored))), T.Then():
-                    slot = scored % products.slots
-                    products.score(scored * block, chunk, slot)
-                step = chunk - (chunks - products.gather_steps)
-                with T.If(T.And(T.And(stage >= 2, step >= 0), seen[last] > 0)), T.Then():
-                    slot = last % products.slots
-                    products.gather(last * block, pairs(last), step, slot, kept.sums)
-                with T.If(T.And(stage == weighed + 1, seen[weighed] > 0)), T.Then():
-                    with T.If(hidden(weighed)):
-                        with T.Then():
-                            weigh(weighed, chunk, True)
-                        with T.Else():
-                            weigh(weighed, chunk, False)
+            if products.slots == 1:
+                one_by_one()
+            else:
+                overlapped()
     products.end()

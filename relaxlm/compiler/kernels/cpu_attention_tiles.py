@@ -104,7 +104,7 @@ class Tiles:
         at = row * (self.width // 2) + pair * self.page
         put(self.weights, at, self.operands.call("row", *weights), 16)
 
-    def score(self, first: Expr, pair: Expr, slot: Expr) -> None:
+    def score(self, first: Expr, pair: Expr, slot: Expr | int) -> None:
         words = self.dim // 2
         for tile in range(4):
             instruction("tilezero", tile)
@@ -120,7 +120,9 @@ class Tiles:
                 at = self.score_at(slot * self.rows + half * SIZE, 2 * pair + beside)
                 store(2 * half + beside, self.scores, at, self.width)
 
-    def gather(self, first: Expr, pairs: Expr, step: Expr, slot: Expr, sums: tirx.Buffer) -> None:
+    def gather(
+        self, first: Expr, pairs: Expr, step: Expr, slot: Expr | int, sums: tirx.Buffer
+    ) -> None:
         parts, words = self.dim // SIZE, self.width // 2
 
         def move(operation) -> None:
