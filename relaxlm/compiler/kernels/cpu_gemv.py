@@ -106,7 +106,7 @@ def gemv(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit, rows: int) -> E
                 T.buffer_store(ordered, value, [place(row, step, i) + lane])
 
     def add_one(words, ordered, task, step, total, factor) -> None:
-        """One row of x: what is scaled is the sum of a step, a product for each code of a word."""
+        """One row of x: the sum of a step is scaled, a product for each code of a word."""
         product = code(words, task, 0, step, 0) * lanes(ordered, place(0, step, 0))
         for i in range(1, per_word):
             other = lanes(ordered, place(0, step, i))
