@@ -1,14 +1,18 @@
 """x @ W.T for many rows of x on CPUs with AMX: tiles of bfloat16, sums in float32.
 
-The form "bf16" of x [m, K] in `packed [m, row_words(K)] int32`: elements rounded to bfloat16, two to
-a word, the one with the even number below, and zeros up to a multiple of 32. What a tile of 16 rows
-by 32 elements holds lies together, [rows / 16][K / 32][16 rows][16 words], so that tiles are read as
-one stream; the last rows are a tile of fewer rows.
+The form "bf16" of x [m, K] in `packed [m, row_words(K)] int32`: elements rounded to bfloat16, two
+to a word, the one with the even number below, and zeros up to a multiple of 32. What a tile of 16
+rows by 32 elements holds lies together, [rows / 16][K / 32][16 rows][16 words], so that tiles are
+read as one stream; the last rows are a tile of fewer rows.
 
 A task takes the outputs of some rows of x by some rows of W. W is dequantized into panels of 32 of
 its rows by a block of K, which all of the task's rows of x pass over; the panel being read stays
 in the first-level cache, x streams from the second. Tile instructions leave the vector units idle,
 so between them the next panel is filled, and the sums of the tiles before are added up and stored.
+
+Of a gated matrix, the first half of whose rows gates the second, a panel holds 16 rows of each
+half, so that what a tile's row stores is silu(gate) * up of 16 columns, rounded for the next
+matmul: a quarter of the bytes that both would take, and they need not come back from memory.
 """
 
 from collections.abc import Callable
@@ -31,7 +35,7 @@ from relaxlm.compiler.kernels.cpu_amx_fill import (
 )
 from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.stored import StoredMatrix
-from relaxlm.compiler.kernels.vector import to_float32, vector
+from relaxlm.compiler.kernels.vector import silu, to_float32, vector
 
 # Elements of K that one tile instruction multiplies; a group of 4-bit weights.
 DEPTH = 32
@@ -69,10 +73,7 @@ def emit_pack(k: int, value: Value, packed: tirx.Buffer, row: Expr | int, m: Exp
     halves = T.decl_buffer((m * width * 2,), "uint16", data=packed.data)
 
     def place(i: Expr | int) -> Expr:
-        """Of element i, in halves of words."""
-        return (_start(row, width) + i // DEPTH * _rows(row, m) * LINE_WORDS) * 2 + (
-            row % LINE_WORDS * DEPTH + i % DEPTH
-        )
+        return _place(row, i, m, width)
 
     def store(i: Expr | int, lanes: int) -> None:
         T.buffer_store(halves, _bfloat16(value(i, lanes), lanes), [_ramp(place(i), lanes)])
@@ -88,6 +89,12 @@ def emit_pack(k: int, value: Value, packed: tirx.Buffer, row: Expr | int, m: Exp
     if k % DEPTH:
         with T.serial(-k % DEPTH) as i:
             T.buffer_store(halves, T.uint16(0), [place(k + i)])
+
+
+def _place(row: Expr, i: Expr | int, m: Expr, width: int) -> Expr:
+    """Where element i of a row lies, in halves of words."""
+    tile = _start(row, width) + i // DEPTH * _rows(row, m) * LINE_WORDS
+    return tile * 2 + row % LINE_WORDS * DEPTH + i % DEPTH
 
 
 def _start(row: Expr, width: int) -> Expr:
@@ -161,6 +168,11 @@ class Blocks:
         return -(-self.groups // self.count)
 
 
+def supports_gated(matrix: StoredMatrix, isa: Isa) -> bool:
+    """Whether silu(x @ W1.T) * (x @ W2.T) can be computed here for W = [W1, W2]."""
+    return supports(matrix, isa) and matrix.n % (2 * DEPTH) == 0
+
+
 def emit_matmul(
     matrix: StoredMatrix,
     isa: Isa,
@@ -169,6 +181,7 @@ def emit_matmul(
     weight: tirx.Buffer,
     scale: tirx.Buffer | None,
     out: tirx.Buffer,
+    gated: bool = False,
 ) -> None:
     """Emit out = x @ W.T.
 
@@ -176,12 +189,13 @@ def emit_matmul(
         m: rows of x, int64, at least 1.
         packed: [m, at least row_words(K)] int32, of the form "bf16".
         weight, scale: the stored matrix.
-        out: [m, N] float32.
+        out: [m, N] float32; if `gated`, [m, at least row_words(N / 2)] int32, of the form "bf16".
+        gated: whether the first half of the outputs gates the second.
     """
-    assert supports(matrix, isa) and scale is not None, matrix
+    assert (supports_gated if gated else supports)(matrix, isa) and scale is not None, matrix
     blocks = Blocks(matrix.n, matrix.groups)
     with T.parallel((m + TASK_ROWS - 1) // TASK_ROWS * blocks.tasks) as task:
-        _Task(matrix, blocks, m, packed, flat(weight), flat(scale), out, task).emit()
+        _Task(matrix, blocks, m, packed, flat(weight), flat(scale), out, task, gated).emit()
 
 
 class _Task:
@@ -201,11 +215,14 @@ class _Task:
         scales: tirx.Buffer,
         out: tirx.Buffer,
         task: Expr,
+        gated: bool,
     ) -> None:
-        self.matrix, self.blocks, self.m = matrix, blocks, m
+        self.matrix, self.blocks, self.m, self.gated = matrix, blocks, m, gated
         self.width = packed.shape[1]
         self.x = T.decl_buffer((m * self.width,), "int32", data=packed.data)
-        self.out = T.decl_buffer((m * matrix.n,), "float32", data=out.data)
+        self.out_width = out.shape[1]
+        stored = 2 * self.out_width if gated else self.out_width
+        self.out = T.decl_buffer((m * stored,), "uint16" if gated else "float32", data=out.data)
         self.words, self.scales = words, scales
         self.first_row = task // blocks.tasks * TASK_ROWS
         self.first_panel = task % blocks.tasks * blocks.task_panels
@@ -270,6 +287,8 @@ class _Task:
     def _column(self, stage: Expr, half: Expr | int) -> Expr:
         """The first of 16 rows of W; those beyond the last are others again."""
         panel = self.first_panel + stage % self.panels
+        if self.gated:
+            return panel * LINE_WORDS + half * (self.matrix.n // 2)
         return T.min(panel * PANEL + half * LINE_WORDS, self.matrix.n - LINE_WORDS)
 
     def _panel(self, stage: Expr) -> Expr:
@@ -338,7 +357,7 @@ class _Task:
     def _multiply(self, stage: Expr, tile: Expr) -> None:
         """32 rows of x times a panel, while part of the next one is filled."""
         first = self._first_group(stage)
-        steps, block = self._steps(stage), stage // self.panels
+        steps = self._steps(stage)
         tile_steps = self.tiles * steps
         rows = self.m - self._row(tile)
         line = T.int64(LINE_WORDS * 4)
@@ -398,22 +417,38 @@ class _Task:
         inside = T.And(stage >= 0, T.And(row < ROWS, self._row(tile) + row < self.m))
         with T.If(inside):
             with T.Then():
-                for half in range(2):
-                    place = row // LINE_WORDS * 2 * TILE_WORDS + half * TILE_WORDS
-                    place += row % LINE_WORDS * LINE_WORDS
-                    kept = self._sums(stage, tile) + place
-                    new = self.last.vload([place], "float32x16")
-                    both = new
+                places = [
+                    (row // LINE_WORDS * 2 + half) * TILE_WORDS + row % LINE_WORDS * LINE_WORDS
+                    for half in range(2)
+                ]
+                kept = [self._sums(stage, tile) + place for place in places]
+                new = [self.last.vload([place], "float32x16") for place in places]
+                both = new
+                if self.blocks.count > 1:
+                    both = [
+                        one + self.sums.vload([place], "float32x16")
+                        for one, place in zip(new, kept, strict=True)
+                    ]
+                with T.If(block == self.blocks.count - 1):
+                    with T.Then():
+                        self._store(stage, self._row(tile) + row, both)
                     if self.blocks.count > 1:
-                        both = new + self.sums.vload([kept], "float32x16")
-                    at = (self._row(tile) + row) * self.matrix.n + self._column(stage, half)
-                    with T.If(block == self.blocks.count - 1):
-                        with T.Then():
-                            T.buffer_store(self.out, both, [_ramp(at, LINE_WORDS)])
-                        if self.blocks.count > 1:
-                            with T.Else():
-                                total = T.Select(T.broadcast(block == 0, LINE_WORDS), new, both)
-                                T.buffer_store(self.sums, total, [_ramp(kept, LINE_WORDS)])
+                        with T.Else():
+                            for half in range(2):
+                                first = T.broadcast(block == 0, LINE_WORDS)
+                                total = T.Select(first, new[half], both[half])
+                                T.buffer_store(self.sums, total, [_ramp(kept[half], LINE_WORDS)])
+
+    def _store(self, stage: Expr, row: Expr, sums: list[Expr]) -> None:
+        """Write a row of outputs of both halves of a panel."""
+        if self.gated:
+            value = _bfloat16(silu(sums[0], LINE_WORDS) * sums[1], LINE_WORDS)
+            at = _place(row, self._column(stage, 0), self.m, self.out_width)
+            T.buffer_store(self.out, value, [_ramp(at, LINE_WORDS)])
+            return
+        for half in range(2):
+            at = row * self.matrix.n + self._column(stage, half)
+            T.buffer_store(self.out, sums[half], [_ramp(at, LINE_WORDS)])
 
 
 # Groups in a line of words.
