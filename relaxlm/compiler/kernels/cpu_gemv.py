@@ -114,7 +114,7 @@ def gemv(matrix: StoredMatrix, out_dtype: str, unit: VectorUnit, rows: int) -> E
         put(total, 0, multiply_add(product, lanes(factor, 0), lanes(total, 0)))
 
     def add_rows(words, ordered, task, step, sums, factors, parts) -> None:
-        """Some rows of x: scale the weights, which they share; x is read once for all of `block`."""
+        """Some rows of x: weights are scaled, which they share; x is read once for a block."""
         for i in range(per_word):
             for r, (part, factor) in enumerate(zip(parts, factors, strict=True)):
                 weight = code(words, task, r, step, i)
