@@ -133,8 +133,9 @@ class Accumulators:
 
     def add(self, sum_of: Callable[[Expr, int, Expr], Expr]) -> None:
         """Replace every sum by `sum_of(row, vector, sum)`."""
-        for c, total in enumerate(self.vectors):
-            with T.unroll(self.rows) as r:
+        # Row by row: what a row brings fits into one register, what the vectors share into a few.
+        with T.unroll(self.rows) as r:
+            for c, total in enumerate(self.vectors):
                 at = r * self.lanes
                 put(total, at, sum_of(r, c, get(total, at, self.lanes)), self.lanes)
 
