@@ -124,9 +124,10 @@ def main() -> None:
     shapes = [tuple(int(size) for size in text.split("x")) for text in arguments.shapes.split(",")]
     target = resolve_device("cpu").tvm_target()
     unit = vector_unit(target)
-    isas = [isa for isa in ("amx", "avx512") if not missing_features(NEEDS[isa])]
+    both: tuple[Isa, ...] = ("amx", "avx512")
+    isas = [isa for isa in both if not missing_features(NEEDS[isa])]
 
-    kernels = {}
+    kernels: dict[str, tvm.tirx.PrimFunc] = {}
     for n, k in shapes:
         matrix = StoredMatrix(n, k, QUANT, "float16")
         kernels |= {f"{isa}_{n}_{k}": gemm_kernel(matrix, isa) for isa in isas}
