@@ -26,7 +26,7 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     return values.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
-def matmul_kernel(matrix: StoredMatrix) -> tvm.tirx.PrimFunc:
+def matmul_kernel(matrix: StoredMatrix, gated: bool = False) -> tvm.tirx.PrimFunc:
     """(packed, *stored weight, out)."""
 
     def body() -> None:
@@ -34,8 +34,9 @@ def matmul_kernel(matrix: StoredMatrix) -> tvm.tirx.PrimFunc:
         packed = tensor("packed", (m, cpu_amx.row_words(matrix.k)), "int32")
         weight = tensor("weight", matrix.word_shape, matrix.word_dtype)
         scale = tensor("scale", matrix.scale_shape, matrix.dtype)
-        out = tensor("out", (m, matrix.n), "float32")
-        cpu_amx.emit_matmul(matrix, "amx", m, packed, weight, scale, out)
+        width = cpu_amx.row_words(matrix.n // 2) if gated else matrix.n
+        out = tensor("out", (m, width), "int32" if gated else "float32")
+        cpu_amx.emit_matmul(matrix, "amx", m, packed, weight, scale, out, gated)
 
     return emit(body, cpu_amx.imports(matrix, "amx"))
 
@@ -108,3 +109,32 @@ def test_a_step_calls_nothing() -> None:
     steps = assembly[assembly.index("tilezero") : assembly.index("tilerelease")]
     assert "tdpbf16ps" in steps
     assert "call" not in steps
+
+
+def test_gated_products_are_written_for_the_next_matmul() -> None:
+    n, k = 192, 1056  # three panels, of which a task takes all; two blocks of K
+    quant = get_scheme("q4f16_1").linear
+    matrix = StoredMatrix(n, k, quant, "float16")
+    library = build(
+        {
+            "m": matmul_kernel(matrix, gated=True),
+            "p": cpu_amx.pack_kernel(k),
+            "q": cpu_amx.pack_kernel(n // 2),
+        }
+    )
+    rng = np.random.default_rng(3)
+    arrays = quant.quantize(rng.standard_normal((n, k)).astype(np.float32))
+    weight = quant.dequantize(arrays, (n, k)).astype(np.float32)
+    stored = [tvm.runtime.tensor(array) for array in arrays.values()]
+    for m in ROWS:
+        x = rng.standard_normal((m, k)).astype(np.float32) * 0.1
+        out = tvm.runtime.tensor(np.full((m, cpu_amx.row_words(n // 2)), 0x55555555, np.int32))
+        library["m"](pack(library["p"], x), *stored, out)
+        gate, up = np.split(bfloat16(x) @ bfloat16(weight).T, 2, axis=1)
+        expected = pack(library["q"], (gate / (1 + np.exp(-gate)) * up).astype(np.float32))
+        found, wanted = (t.numpy().view(ml_dtypes.bfloat16) for t in (out, expected))
+        np.testing.assert_allclose(
+            found.astype(np.float64), wanted.astype(np.float64), rtol=2**-7, atol=1e-5
+        )
+    assert not cpu_amx.supports_gated(StoredMatrix(96 + 32, k, quant, "float16"), "avx512")
+    assert not cpu_amx.supports_gated(StoredMatrix(96, k, quant, "float16"), "amx")

@@ -16,11 +16,10 @@ from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
 from relaxlm.compiler.kernels.packed import Value
 from relaxlm.compiler.kernels.rounding import Rounding
 from relaxlm.compiler.kernels.vector import (
-    LOG2E,
-    exp2,
     multiply_add,
     reduce_sum,
     reduce_sum_ir,
+    silu,
     splat,
     to_float32,
     vector,
@@ -58,7 +57,7 @@ class _Output:
             T.buffer_store(self.buffer, value(i * lanes, lanes), [row, span(i * lanes, lanes)])
 
 
-def _for_each_row(n: Expr, elements: int, row: Callable[[Expr], None]) -> None:
+def for_each_row(n: Expr, elements: int, row: Callable[[Expr], None]) -> None:
     """Emit the loop over rows of so many elements each, on one thread or on all."""
     with T.If(n * elements <= SERIAL):
         with T.Then(), T.serial(n) as i:
@@ -114,9 +113,19 @@ def norm_kernel(
 
             out.write(row, value)
 
-        _for_each_row(n, size, one)
+        for_each_row(n, size, one)
 
     return emit(body, [reduce_sum_ir(lanes)] if lanes > 1 else [])
+
+
+def gated(x: tirx.Buffer, row: Expr, size: int) -> Value:
+    """Elements of silu(x[row, :size]) * x[row, size:]."""
+
+    def value(i: Expr | int, lanes: int) -> Expr:
+        gate, up = (x.vload([row, at], vector("float32", lanes)) for at in (i, size + i))
+        return silu(gate, lanes) * up
+
+    return value
 
 
 @functools.cache
@@ -129,16 +138,10 @@ def silu_mul_kernel(size: int, rounding: Rounding | None = None) -> tirx.PrimFun
         out = _Output(n, size, rounding)
 
         def one(row: Expr) -> None:
-            def value(i: Expr | int, lanes: int) -> Expr:
-                gate = x.vload([row, i], vector("float32", lanes))
-                up = x.vload([row, size + i], vector("float32", lanes))
-                exponent = T.min(gate * splat(-LOG2E, lanes), splat(126.0, lanes))
-                return gate * up / (splat(1.0, lanes) + exp2(exponent, lanes))
-
-            out.write(row, value)
+            out.write(row, gated(x, row, size))
 
         # The exponential makes an element cost as much as two of a norm.
-        _for_each_row(n, 2 * size, one)
+        for_each_row(n, 2 * size, one)
 
     return emit(body)
 
@@ -155,6 +158,6 @@ def round_kernel(rounding: Rounding) -> tirx.PrimFunc:
         def one(row: Expr) -> None:
             out.write(row, lambda i, lanes: x.vload([row, i], vector("float32", lanes)))
 
-        _for_each_row(n, rounding.k, one)
+        for_each_row(n, rounding.k, one)
 
     return emit(body)

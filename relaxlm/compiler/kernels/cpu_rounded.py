@@ -11,14 +11,12 @@ import functools
 from types import ModuleType
 
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
-import importlib
-def _m(n):
-    try: return importlib.import_module("relaxlm.compiler.kernels."+n)
-    except ImportError: return None
-cpu_amx, cpu_few_rows, cpu_int8_gemm, cpu_narrow = map(_m, ("cpu_amx","cpu_few_rows","cpu_int8_gemm","cpu_narrow"))
+from relaxlm.compiler.kernels import cpu_amx, cpu_few_rows, cpu_int8_gemm, cpu_narrow
 from relaxlm.compiler.kernels.builder import emit, length, tensor
+from relaxlm.compiler.kernels.cpu_elementwise import for_each_row, gated
 from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.packed import FEW
 from relaxlm.compiler.kernels.rounding import Rounding
@@ -32,9 +30,14 @@ KERNELS: dict[Isa, tuple[ModuleType, ModuleType]] = {
 }
 
 
+def supports_gated(matrix: StoredMatrix, isa: Isa) -> bool:
+    """Whether `gated_matmul_kernel` gains something: sums that stay where they were made."""
+    return isa == "amx" and supports(matrix, isa) and cpu_amx.supports_gated(matrix, isa)
+
+
 def supports(matrix: StoredMatrix, isa: Isa) -> bool:
     """Whether there are kernels for a weight's format, for every number of rows."""
-    return all(kernels is not None for kernels in KERNELS[isa]) and all(kernels.supports(matrix, isa) for kernels in KERNELS[isa])
+    return all(kernels.supports(matrix, isa) for kernels in KERNELS[isa])
 
 
 @functools.cache
@@ -59,4 +62,37 @@ def rounded_matmul_kernel(matrix: StoredMatrix, isa: Isa) -> tirx.PrimFunc:
                 many.emit_matmul(matrix, isa, m, x, weight, scale, out)
 
     texts = [*few.imports(matrix, isa), *many.imports(matrix, isa)]
+    return emit(body, list(dict.fromkeys(texts)))
+
+
+@functools.cache
+def gated_matmul_kernel(matrix: StoredMatrix, isa: Isa) -> tirx.PrimFunc:
+    """silu(x @ W1.T) * (x @ W2.T) for W = [W1, W2], rounded for the matmul that follows.
+
+    (x [m, row_words] int32, *stored weight, out [m, row_words of N / 2] int32). A few rows are
+    multiplied first and gated then; of many, each tile of sums is gated as it is stored.
+    """
+    assert supports_gated(matrix, isa), (matrix, isa)
+    size = matrix.n // 2
+    rounding = Rounding(size, isa)
+
+    def body() -> None:
+        m = length("m")
+        x = tensor("x", (m, Rounding(matrix.k, isa).row_words), "int32")
+        weight = tensor("weight", matrix.word_shape, matrix.word_dtype)
+        scale = tensor("scale", matrix.scale_shape, matrix.dtype)
+        out = tensor("out", (m, rounding.row_words), "int32")
+        with T.If(m > FEW):
+            with T.Then():
+                cpu_amx.emit_matmul(matrix, isa, m, x, weight, scale, out, gated=True)
+            with T.Else():
+                both = T.decl_buffer((m, matrix.n), "float32", scope="global")
+                cpu_few_rows.emit_matmul(matrix, isa, m, x, weight, scale, both)
+
+                def one(row: Expr) -> None:
+                    rounding.emit_pack(gated(both, row, size), out, row, m)
+
+                for_each_row(m, 2 * size, one)
+
+    texts = [*cpu_few_rows.imports(matrix, isa), *cpu_amx.imports(matrix, isa)]
     return emit(body, list(dict.fromkeys(texts)))

@@ -15,12 +15,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from relaxlm.compiler.kernels import packed
-
-try:
-    from relaxlm.compiler.kernels import cpu_amx
-except ImportError:
-    cpu_amx = None
+from relaxlm.compiler.kernels import cpu_amx, packed
 from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.packed import FEW, Value
 

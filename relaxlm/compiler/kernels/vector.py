@@ -100,6 +100,12 @@ def exp2(x: Expr, lanes: int) -> Expr:
     return T.reinterpret(bits + exponent, dtype=vector("float32", lanes))
 
 
+def silu(x: Expr, lanes: int) -> Expr:
+    """x / (1 + exp(-x)) for float32 lanes."""
+    exponent = T.min(x * splat(-LOG2E, lanes), splat(126.0, lanes))
+    return x / (splat(1.0, lanes) + exp2(exponent, lanes))
+
+
 def reduce_max(x: Expr) -> Expr:
     """The largest lane of a float32 vector without NaN.
 

@@ -7,9 +7,11 @@
     pages = append_to_pages(k, v, slots, pages)        ->   q, pages = rope_append(x, .., pages)
 
 The bias and the norms of q and k may be missing. A norm, or silu_mul, that is only read
-by matmuls with rounded activations is written in their form at once:
+by matmuls with rounded activations is written in their form at once, by the matmul itself where
+there is a kernel for that:
 
     r = call_tir(round, add_norm(a, b, w)[1])          ->   x, r = add_norm_rounded(a, b, w)
+    r = call_tir(round, silu_mul(rounded_matmul(..)))  ->   r = gated_matmul(..)
 
 Runs after LowerPagedAttention, which emits the append, and LowerMatmulCPU, which rounds, and before
 LegalizeOps, which would make a loop nest of each operator.
@@ -24,8 +26,9 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from relaxlm.compiler.kernels.cpu_elementwise import norm_kernel, silu_mul_kernel
 from relaxlm.compiler.kernels.cpu_rope import RopeOptions, rope_append_kernel
+from relaxlm.compiler.kernels.cpu_rounded import gated_matmul_kernel, supports_gated
 from relaxlm.compiler.kernels.rounding import Rounding
-from relaxlm.compiler.passes.lower_matmul_cpu import ROUNDING
+from relaxlm.compiler.passes.lower_matmul_cpu import ROUNDING, matrix_of
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
 from relaxlm.compiler.passes.rewrite import rewrite_functions, variables
 from relaxlm.models.config import DecoderConfig
@@ -178,9 +181,27 @@ class _Rewriter(PyExprMutator):
             return None
         rounding = self.roundings.get(call)
         ending, ty = _written(call.ty, rounding)
+        product = None if rounding is None else self.gated_product(split, rounding)
+        if product is not None:
+            return product
         kernel = silu_mul_kernel(int(call.ty.shape[1]), rounding)
         function = self.kernel(kernel, "silu_mul" + ending)
         return relax.call_tir(function, [self.visit_expr(split.args[0])], ty)
+
+    def gated_product(self, split: relax.Call, rounding: Rounding) -> relax.Expr | None:
+        """The same in the matmul whose product is split, if there is a kernel for it."""
+        product = self.value(split.args[0])
+        if not _calls(product, "rounded_matmul") or not isinstance(
+            split.args[0], relax.DataflowVar
+        ):
+            return None
+        x, *stored = product.args[1].fields
+        matrix = matrix_of(self.mod[product.args[0]])
+        if not supports_gated(matrix, rounding.isa):
+            return None
+        function = self.kernel(gated_matmul_kernel(matrix, rounding.isa), "gated_matmul")
+        ty = relax.TensorType((product.ty.shape[0], rounding.row_words), "int32")
+        return relax.call_tir(function, [self.visit_expr(part) for part in (x, *stored)], ty)
 
     def rope_append(self, call: relax.Call) -> relax.Expr | None:
         k, v, slots, *pages = call.args[1].fields

@@ -24,9 +24,18 @@ from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.vector import vector_unit
 from relaxlm.compiler.passes.rewrite import rewrite_functions
 from relaxlm.compiler.passes.weights import stored_weight
+from relaxlm.quantization.transform import format_tag, read_tag
 
 # What says of a call of `round` how it rounds, for passes after this one.
 ROUNDING = "relaxlm.rounding"
+# What says of a rounded matmul which matrix it reads.
+_MATRIX = "relaxlm.matrix"
+
+
+def matrix_of(function: tvm.tirx.PrimFunc) -> StoredMatrix:
+    """The matrix that a kernel named `rounded_matmul` reads."""
+    n, k, dtype, *quant = str(function.attrs[_MATRIX]).split(" ", 3)
+    return StoredMatrix(int(n), int(k), read_tag(quant[0]) if quant else None, dtype)
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerMatmulCPU")
@@ -77,6 +86,10 @@ class _Rewriter(PyExprMutator):
         matrix = StoredMatrix(*weight.shape, weight.quant, dtype)
         if self.isa and out_dtype == "float32" and cpu_rounded.supports(matrix, self.isa):
             kernel = cpu_rounded.rounded_matmul_kernel(matrix, self.isa)
+            text = f"{matrix.n} {matrix.k} {dtype}"
+            if matrix.quant is not None:
+                text += f" {format_tag(matrix.quant)}"
+            kernel = kernel.with_attr(_MATRIX, text)
             function = self.builder_.add_func(kernel, "rounded_matmul")
             x = self.rounded(x, Rounding(matrix.k, self.isa))
         else:
