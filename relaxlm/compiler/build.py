@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def compile_model(
     clock.start("generate code", 0.4)
     cuda = device.kind == "cuda"
     archs_dump = (device.arch, debug_dump)
-    with cuda_compilation(*archs_dump) if cuda else nullcontext():
+    with cuda_compilation(*archs_dump) if cuda else _cpu_code_generation():
         executable = tvm.compile(module, target=target, relax_pipeline=tvm.transform.Sequential([]))
     clock.stop()
     return CompiledModel(executable, metadata, device, seconds)
@@ -169,6 +168,14 @@ def _lower(
                 temporary[name] += workspace
         module = tvm.transform.Sequential(instruction_passes())(module)
     return module, _metadata(config, raw_config, scheme, device, options, lowering, temporary)
+
+
+def _cpu_code_generation() -> tvm.transform.PassContext:
+    """TVM's passes over loop nests without one that takes seconds and finds nothing to do.
+
+    Buffers inside our kernels have the size that is used of them.
+    """
+    return tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"])
 
 
 class _Stages:
