@@ -44,7 +44,7 @@ def compile(
         typer.Option(
             "--opt",
             help="CPU code: LLVM's optimisation level, O1 to O3, and act_quant=0 for matmuls in "
-            'float32, or 1 to round their activations, which is several times as fast: '
+            "float32, or 1 to round their activations, which is several times as fast: "
             '"O2;act_quant=0". Default: O2, and 1 where CPU and preset have kernels for it.',
         ),
     ] = None,

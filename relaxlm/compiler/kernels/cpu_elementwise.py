@@ -102,8 +102,8 @@ def norm_kernel(
                 if y is not None:
                     both = load(x, row, i * lanes) + load(y, row, i * lanes)
                     T.buffer_store(total, both, [row, span(i * lanes, lanes)])
-                value = load(total, row, i * lanes)
-                T.buffer_store(squares, multiply_add(value, value, squared()), [span(0, lanes)])
+                element = load(total, row, i * lanes)
+                T.buffer_store(squares, multiply_add(element, element, squared()), [span(0, lanes)])
             mean = sum_of(squared(), lanes) * T.float32(1 / size) + T.float32(eps)
             T.buffer_store(factor, T.float32(1) / T.sqrt(mean), [0])
 
