@@ -119,3 +119,11 @@ def format_bytes(count: float) -> str:
         if count < 999.5 or unit == "GB":
             break
     return f"{count:.3g} {unit}"
+
+
+def cache_folder() -> Path:
+    """Where libraries and tunings are kept: $RELAXLM_CACHE, or relaxlm in the user's cache."""
+    if folder := os.environ.get("RELAXLM_CACHE"):
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "relaxlm"

@@ -13,6 +13,7 @@ from tvm import relax
 
 from relaxlm import models
 from relaxlm.compiler.cuda import check_device_code, cuda_compilation
+from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.attention import PAGE_SIZE
 from relaxlm.compiler.kernels.cpu_attention import attend_workspace_bytes
 from relaxlm.compiler.link import export_library
@@ -157,7 +158,7 @@ def _lower(
         debug_dump.mkdir(parents=True, exist_ok=True)
         instruments.append(tvm.ir.instrument.DumpIR(str(debug_dump)))
     context = tvm.transform.PassContext(opt_level=3, instruments=instruments)
-    with device.tvm_target(options.opt_level), context:
+    with device.tvm_target(options.opt_level), context, tuning.use(options.tuning):
         module = tvm.transform.Sequential(lowering_passes(lowering))(module)
         module = _bound_shapes(module, bounds)
         module = tvm.transform.Sequential(memory_passes())(module)

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.isa import NEEDS, best_isa
+from relaxlm.compiler.kernels.tuning import Tuning
 from relaxlm.compiler.target import DeviceTarget
 from relaxlm.errors import ConfigError
+from relaxlm.files import cache_folder
 from relaxlm.quantization.kv_cache import KVFormat, get_kv_format
 from relaxlm.quantization.schemes import Scheme
 
@@ -51,7 +54,13 @@ class CompileOptions:
     @property
     def act_quant(self) -> bool:
         """Whether matmuls on CPUs round their activations (`kernels/rounding.py`)."""
-        return self.opt.endswith(";act_quant=1")
+        return "act_quant=1" in self.opt.split(";")
+
+    @property
+    def tuning(self) -> Tuning:
+        """Parameters of CPU kernels."""
+        pairs = (part.partition("=") for part in self.opt.split(";"))
+        return Tuning(**{key: int(value) for key, _, value in pairs if key in tuning.NAMES})
 
     @staticmethod
     def resolve(
@@ -113,19 +122,23 @@ def parse_opt(text: str) -> str:
     Raises:
         ConfigError: names the part that is wrong and what there is.
     """
-    level, act_quant = DEFAULT_OPT, False
+    level, act_quant, tuned = DEFAULT_OPT, False, dict[str, int]()
     for part in filter(None, (part.strip() for part in text.split(";"))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key in OPT_LEVELS and not equals:
             level = key
         elif key == "act_quant" and value in ("0", "1"):
             act_quant = value == "1"
+        elif key in tuning.NAMES and value.isdecimal():
+            tuned[key] = int(value)
         else:
             raise ConfigError(
                 f"--opt {text}: {part!r} is not understood, expected one of "
-                f"{', '.join(OPT_LEVELS)}, act_quant=0 or act_quant=1, several separated by ';'"
+                f"{', '.join(OPT_LEVELS)}, act_quant=0 or act_quant=1, or a number for "
+                f"{' or '.join(tuning.NAMES)}, several separated by ';'"
             )
-    return level + (";act_quant=1" if act_quant else "")
+    parts = (level, "act_quant=1" if act_quant else "", str(Tuning(**tuned)))
+    return ";".join(filter(None, parts))
 
 
 def opt_for(opt: str | None, scheme: Scheme, device: DeviceTarget) -> str:
@@ -134,6 +147,24 @@ def opt_for(opt: str | None, scheme: Scheme, device: DeviceTarget) -> str:
     if "act_quant" in opt or why_not_rounded(scheme, device):
         return parse_opt(opt)
     return parse_opt(f"{opt};act_quant=1")
+
+
+def with_saved_tuning(opt: str | None, device: DeviceTarget) -> str | None:
+    """`--opt` with what `relaxlm tune` found on this machine, if code is only for such machines.
+
+    What `opt` names itself stays.
+
+    Raises:
+        ConfigError: the file with the tuning is damaged.
+    """
+    if device.kind != "cpu" or device.arch != ("native",):
+        return opt
+    parts = (opt or "").split(";")
+    named = {part.partition("=")[0].strip() for part in parts}
+    if wanted := [name for name in tuning.NAMES if name not in named]:
+        found = tuning.saved(cache_folder())
+        parts += [f"{name}={getattr(found, name)}" for name in wanted]
+    return ";".join(parts)
 
 
 def check_act_quant(options: CompileOptions, scheme: Scheme, device: DeviceTarget) -> None:

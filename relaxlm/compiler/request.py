@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from relaxlm import models
-from relaxlm.compiler.options import CompileOptions, opt_for
+from relaxlm.compiler.options import CompileOptions, opt_for, with_saved_tuning
 from relaxlm.compiler.target import DeviceTarget, resolve_device
 from relaxlm.errors import ConfigError
 from relaxlm.files import read_json_object
@@ -70,7 +70,7 @@ class CompileRequest:
         raw, _ = models.raw_config(path)
         config = models.load_config(path)
         target = resolve_device(device, arch)
-        opt = opt_for(opt, scheme, target)
+        opt = opt_for(with_saved_tuning(opt, target), scheme, target)
         options = CompileOptions.resolve(config, scheme, chat, overrides, opt)
         return CompileRequest(config, raw, scheme, target, options)
 

@@ -126,6 +126,7 @@ def load_runtime() -> bool:
     """
     if not gpus():
         return False
+    tvm_runtime.load()
     import tvm_ffi
 
     if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None:

@@ -8,7 +8,6 @@ and TVM, a second; so the names are kept, too, under a digest of the files and a
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,17 +15,9 @@ from tempfile import TemporaryFile
 
 import relaxlm
 from relaxlm.errors import CompileError, LibraryError
-from relaxlm.files import write_atomically
+from relaxlm.files import cache_folder, write_atomically
 from relaxlm.runtime.library import Library
 from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: $RELAXLM_CACHE, or relaxlm in the user's cache folder."""
-    if folder := os.environ.get("RELAXLM_CACHE"):
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "relaxlm"
 
 
 def library_for(
@@ -78,14 +69,23 @@ def library_for(
 
 def _seen(folder: Path, device: str, overrides: str | None, opt: str | None) -> Path | None:
     """Where the name of a folder's library is kept; None if the folder has no configuration."""
-    from relaxlm.compiler.target import resolve_device  # does not import TVM
+    # Neither imports TVM.
+    from relaxlm.compiler.kernels.tuning import saved
+    from relaxlm.compiler.target import resolve_device
 
     files = [Path(folder) / name for name in ("mlc-chat-config.json", "config.json")]
     texts = [file.read_bytes().hex() for file in files if file.is_file()]
     if not texts:
         return None
     target = resolve_device(device).describe()
-    identity = {"files": texts, "target": target, "overrides": overrides, "opt": opt}
+    tuning = str(saved(cache_folder()))
+    identity = {
+        "files": texts,
+        "tuning": tuning,
+        "target": target,
+        "overrides": overrides,
+        "opt": opt,
+    }
     return cache_folder() / "seen" / _digest(identity)
 
 

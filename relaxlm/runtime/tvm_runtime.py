@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +46,44 @@ def library_folder() -> Path:
 @functools.cache
 def load() -> None:
     """Make the runtime's functions available; does nothing where `import tvm` did."""
-    import tvm_ffi
+    with _torch_hidden():
+        import tvm_ffi
     from tvm_ffi.libinfo import load_lib_ctypes
 
     if tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope", allow_missing=True) is None:
         load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[library_folder()])
 
 
+@contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Keep `tvm_ffi` from importing torch, where it is installed: a second, and 200 MB.
+
+    It does so to convert torch's tensors, which relaxlm has none of, and to be loaded after it on
+    Windows, where the order matters.
+    """
+    if sys.platform == "win32" or "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 def load_module(path: Path | str) -> Any:
     """The `tvm_ffi.Module` of a compiled library's file."""
+    load()
     import tvm_ffi
 
-    load()
     return tvm_ffi.load_module(str(path))
 
 
 def device(kind: str) -> Any:
     """The first device of a kind, "cpu" or "cuda"; it may not be there."""
+    load()
     import tvm_ffi
 
-    load()
     return tvm_ffi.device(kind, 0)
 
 
@@ -94,9 +114,8 @@ def share(array: np.ndarray) -> Any:
         array: contiguous and at an address divisible by 64, as `WeightFolder.load` returns it.
             bfloat16 and float8 are passed under TVM's names for them.
     """
-    import tvm_ffi
-
     load()
+    import tvm_ffi
 
     def wrap(plain: np.ndarray) -> Any:
         return tvm_ffi.from_dlpack(plain, require_alignment=ALIGNMENT, require_contiguous=True)
@@ -115,9 +134,9 @@ def view(tensor: Any, shape: Sequence[int], dtype: str) -> Any:
 
 def empty(shape: Sequence[int], dtype: str, device: Any) -> Any:
     """A tensor whose values are not set."""
+    load()
     import tvm_ffi
 
-    load()
     allocate = _function("TVMTensorAllocWithScope")
     return allocate(tvm_ffi.Shape(shape), tvm_ffi.dtype(dtype), device, None)
 
@@ -161,7 +180,7 @@ def _cpu() -> Any:
 
 @functools.cache
 def _function(name: str) -> Any:
+    load()
     import tvm_ffi
 
-    load()
     return tvm_ffi.get_global_func(f"runtime.{name}")

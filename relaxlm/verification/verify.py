@@ -86,7 +86,7 @@ class Job:
         """The dtype in which the library computes, or "rounded" for act_quant=1."""
         from relaxlm.compiler.pipeline import compute_dtype
 
-        if self.library.metadata.opt.endswith(";act_quant=1"):
+        if "act_quant=1" in self.library.metadata.opt.split(";"):
             return "rounded"
         return compute_dtype(self.library.metadata.target.kind, self.scheme)
 

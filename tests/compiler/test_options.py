@@ -86,7 +86,7 @@ def test_unknown_optimisation_options_are_refused(part: str) -> None:
         resolve(opt=f"O1;{part}")
     assert str(error.value) == (
         f"--opt O1;{part}: {part!r} is not understood, expected one of O1, O2, O3, "
-        "act_quant=0 or act_quant=1, several separated by ';'"
+        "act_quant=0 or act_quant=1, or a number for ahead or task_rows, several separated by ';'"
     )
 
 

@@ -22,6 +22,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
+from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.builder import emit, flat, length, scratch, tensor
 from relaxlm.compiler.kernels.cpu_amx_fill import (
     FILL,
@@ -47,9 +48,8 @@ ROWS = 32
 PANEL = 32
 # Groups of K in a panel at most: 32 KiB of bfloat16, two thirds of the first-level cache.
 BLOCK = 16
-# Rows of x, and panels at most, that a task takes. A block of K of x is read once for all panels,
-# and that and the task's sums fit into the second-level cache.
-TASK_ROWS = 256
+# Panels at most that a task takes. A block of K of its rows of x (`Tuning.task_rows`) is read once
+# for all panels, and that and the task's sums should fit into the second-level cache.
 TASK_PANELS = 8
 
 Value = Callable[[Expr | int, int], Expr]
@@ -194,7 +194,8 @@ def emit_matmul(
     """
     assert (supports_gated if gated else supports)(matrix, isa) and scale is not None, matrix
     blocks = Blocks(matrix.n, matrix.groups)
-    with T.parallel((m + TASK_ROWS - 1) // TASK_ROWS * blocks.tasks) as task:
+    task_rows = tuning.current().task_rows
+    with T.parallel((m + task_rows - 1) // task_rows * blocks.tasks) as task:
         _Task(matrix, blocks, m, packed, flat(weight), flat(scale), out, task, gated).emit()
 
 
@@ -224,17 +225,18 @@ class _Task:
         stored = 2 * self.out_width if gated else self.out_width
         self.out = T.decl_buffer((m * stored,), "uint16" if gated else "float32", data=out.data)
         self.words, self.scales = words, scales
-        self.first_row = task // blocks.tasks * TASK_ROWS
+        self.task_rows = tuning.current().task_rows
+        self.first_row = task // blocks.tasks * self.task_rows
         self.first_panel = task % blocks.tasks * blocks.task_panels
         self.panels = T.min(blocks.task_panels, blocks.panels - self.first_panel)
-        self.tiles = (T.min(m - self.first_row, TASK_ROWS) + ROWS - 1) // ROWS
+        self.tiles = (T.min(m - self.first_row, self.task_rows) + ROWS - 1) // ROWS
         self.stages = self.panels * blocks.count
         # Two panels, of which one is read while the other is filled, and gathered words.
         self.panel_words = blocks.depth * 2 * TILE_WORDS
         self.panel = scratch(2 * self.panel_words + GATHERED, "int32")
         self.factors = scratch(BLOCK * PANEL, "float32")
         self.staged = scratch(LINE_WORDS * _STAGED, "float32")
-        sums = TASK_ROWS // ROWS * blocks.task_panels * 4 * TILE_WORDS
+        sums = self.task_rows // ROWS * blocks.task_panels * 4 * TILE_WORDS
         self.sums = scratch(sums if blocks.count > 1 else 1, "float32")
         self.last = scratch(4 * TILE_WORDS, "float32")
         self.config = scratch(64, "uint8")
@@ -298,7 +300,7 @@ class _Task:
         return self.first_row + tile * ROWS
 
     def _sums(self, stage: Expr, tile: Expr) -> Expr:
-        return (stage % self.panels * (TASK_ROWS // ROWS) + tile) * 4 * TILE_WORDS
+        return (stage % self.panels * (self.task_rows // ROWS) + tile) * 4 * TILE_WORDS
 
     def _prepare(self, stage: Expr) -> None:
         """Scales of a stage's panel, as float32 [group, row of W]; the next panel's are fetched."""

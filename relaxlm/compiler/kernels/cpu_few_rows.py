@@ -22,7 +22,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from relaxlm.compiler.kernels import cpu_few_rows_amx
+from relaxlm.compiler.kernels import cpu_few_rows_amx, tuning
 from relaxlm.compiler.kernels.builder import flat, scratch
 from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.packed import (
@@ -43,8 +43,6 @@ LANES = 16
 ROWS = 4
 # Rows of x whose sums stay in registers.
 TILE = 8
-# How far ahead of the arithmetic memory is fetched, in bytes.
-AHEAD = 4096
 # Lines of rows this many bytes apart get into each other's way; as measured, and see `_few`.
 SETS = 1024
 NIBBLES = 0x0F0F0F0F
@@ -169,7 +167,7 @@ def _one(stored: _Stored, packed: tirx.Buffer, out: tirx.Buffer) -> None:
             row = _row(task, r, n)
             _put(total, 0, splat(0.0, LANES))
             with T.serial(stored.steps) as step:
-                stored.fetch(row, step, AHEAD)
+                stored.fetch(row, step, tuning.current().ahead)
 
                 def x(vector: int, dtype: str = "int32", step: Expr = step) -> Expr:
                     words = packed.vload([0, step * SINGLE_WORDS + vector * LANES], "int32x16")
@@ -190,7 +188,7 @@ def _few(stored: _Stored, m: Expr, packed: tirx.Buffer, out: tirx.Buffer, rows: 
     n, place = stored.matrix.n, PackedRow(stored.matrix.k)
     # Whole fours of rows ahead, so that what is asked for goes on where the last four stopped.
     four_rows = ROWS * stored.matrix.words * 4
-    ahead = -(-AHEAD // four_rows) * four_rows
+    ahead = -(-tuning.current().ahead // four_rows) * four_rows
     # Best is the order of the arithmetic, unless the four lines fall into the same cache sets.
     by_rows = stored.matrix.words * 4 % SETS != 0
     with T.parallel(-(-n // ROWS)) as task:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.ir import Expr
 
+from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.builder import T, scratch
 from relaxlm.compiler.kernels.cpu_gemv import fetch
 from relaxlm.compiler.kernels.cpu_narrow_dots import BLOCK, Dots, shuffle
@@ -22,8 +23,6 @@ from relaxlm.compiler.kernels.vector import multiply_add, reduce_sum, splat, to_
 
 VECTORS = 4
 LINE = 64
-# How far ahead of the arithmetic memory is fetched, in bytes.
-AHEAD = 4096
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class FewRows:
         factor = scratch(lanes, "float32")
         first = task * self.matrix.words + step.group * group_words
         for start in range(0, step.count * group_words, LINE // 4):
-            fetch(T.address_of(words[first + (start + AHEAD // 4)]))
+            fetch(T.address_of(words[first + (start + tuning.current().ahead // 4)]))
         for v in range(self._vectors(step)):
             for half, part in enumerate(self._halves(words, first, step, v)):
                 self._put(weights, (v * 2 + half) * lanes, self.dots.codes(part))

@@ -7,14 +7,13 @@
 The rows of x come packed as `rounding.Rounding` says.
 """
 
-import functools
 from types import ModuleType
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from relaxlm.compiler.kernels import cpu_amx, cpu_few_rows, cpu_int8_gemm, cpu_narrow
+from relaxlm.compiler.kernels import cpu_amx, cpu_few_rows, cpu_int8_gemm, cpu_narrow, tuning
 from relaxlm.compiler.kernels.builder import emit, length, tensor
 from relaxlm.compiler.kernels.cpu_elementwise import for_each_row, gated
 from relaxlm.compiler.kernels.isa import Isa
@@ -40,7 +39,7 @@ def supports(matrix: StoredMatrix, isa: Isa) -> bool:
     return all(kernels.supports(matrix, isa) for kernels in KERNELS[isa])
 
 
-@functools.cache
+@tuning.cached
 def rounded_matmul_kernel(matrix: StoredMatrix, isa: Isa) -> tirx.PrimFunc:
     """(x [m, row_words] int32 as `Rounding` packs it, *stored weight, out [m, N] float32)."""
     assert supports(matrix, isa), (matrix, isa)
@@ -65,7 +64,7 @@ def rounded_matmul_kernel(matrix: StoredMatrix, isa: Isa) -> tirx.PrimFunc:
     return emit(body, list(dict.fromkeys(texts)))
 
 
-@functools.cache
+@tuning.cached
 def gated_matmul_kernel(matrix: StoredMatrix, isa: Isa) -> tirx.PrimFunc:
     """silu(x @ W1.T) * (x @ W2.T) for W = [W1, W2], rounded for the matmul that follows.
 
