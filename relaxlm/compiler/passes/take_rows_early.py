@@ -84,7 +84,7 @@ class _Rewriter(PyExprMutator):
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         if _takes_rows(call):
-            return self.take(call.args[1].fields[0])
+            return self.compute(call.args[1].fields[0])
         return super().visit_call_(call)
 
     def take(self, var: relax.Expr) -> relax.Expr:
