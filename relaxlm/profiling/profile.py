@@ -204,7 +204,9 @@ class _Costs:
 
     def _matrix(self, argument: Argument) -> Any:
         """The specification of the matrix that a parameter is (a part of), if it is one."""
-        return self._matrices.get(_PACKED.sub(".", argument.name)) if argument.name else None
+        if not argument.name or len(argument.shape) != 2:  # a bias has the name of its matrix
+            return None
+        return self._matrices.get(_PACKED.sub(".", argument.name))
 
 
 def _layer(call: Call, before: str, last: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from relaxlm.profiling.instrument import Argument, Call, Instrument
-from relaxlm.profiling.profile import profile_decode, profile_prefill, summarize
+from relaxlm.profiling.profile import _Costs, profile_decode, profile_prefill, summarize
 from relaxlm.profiling.session import Session
 from relaxlm.profiling.work import Work
 from tests.tiny_model import VOCAB, TinyModel
@@ -49,6 +49,20 @@ def test_decoding_reads_the_weights_and_the_cache(session: Session) -> None:
     assert least <= attention.nbytes < least + 10_000  # tables, queries and results
     [lookup] = [part for part in step.kernels if part.on == "embed_tokens"]
     assert lookup.nbytes == 3 * 4 + 2 * 3 * HIDDEN * 4  # ids, rows read, rows written
+
+
+def test_a_bias_is_no_matrix(session: Session) -> None:
+    name = "model.layers.0.self_attn.qkv_proj.bias"
+    call = Call(
+        "rope_append",
+        (
+            Argument((3, 128), "float32", ""),
+            Argument((128,), "float16", name),
+            Argument((3, 4, 16), "float32", ""),
+        ),
+    )
+    nbytes, operations = _Costs(session.executor.metadata, [(0, 3)]).of(call)
+    assert (nbytes, operations) == (3 * 128 * 4 + 128 * 2 + 3 * 64 * 4, 0)
 
 
 def test_a_watched_step_computes_the_same(session: Session) -> None:
