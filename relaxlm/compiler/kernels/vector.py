@@ -1,14 +1,13 @@
-"""A small vocabulary for kernels written in TVMScript: plain functions that return TIR expressions.
+"""A small vocabulary for kernels: plain functions that return TIR expressions.
 
 Everything here is generic LLVM, so it compiles for any CPU; vectors wider than the machine's are
-split by LLVM. Repeated expressions are built by functions instead of named values, because a name
-inside a parallel loop becomes a heap allocation per iteration in this TVM.
+split by LLVM.
 """
 
 from dataclasses import dataclass
 
 import tvm
-from tvm import s_tir, tirx
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
@@ -124,7 +123,7 @@ def reduce_max(x: Expr) -> Expr:
 
 
 def reduce_sum(x: Expr, lanes: int) -> Expr:
-    """The sum of a float32 vector, in tree order; its kernel needs `import_reduce_sum`."""
+    """The sum of a float32 vector, in tree order; its kernel imports `reduce_sum_ir`."""
     return T.call_pure_extern("float32", f"relaxlm_reduce_sum_{lanes}", x)
 
 
@@ -141,24 +140,3 @@ define float @relaxlm_reduce_sum_{lanes}(<{lanes} x float> %v) alwaysinline noun
 }}
 declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, <{lanes} x float>)
 """
-
-
-def import_reduce_sum(function: tirx.PrimFunc, lanes: int) -> tirx.PrimFunc:
-    """Give a kernel the function behind `reduce_sum`."""
-    zero = tirx.const(0, "int32")
-    return function.with_body(
-        tirx.AttrStmt(
-            zero, "pragma_import_llvm", tvm.ir.StringImm(reduce_sum_ir(lanes)), function.body
-        )
-    )
-
-
-def as_relax_kernel(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Make a scheduled TVMScript kernel callable from Relax.
-
-    Relax passes expect a root block; a fixed symbol name would clash between kernels.
-    """
-    root = s_tir.SBlock([], [], [], "root", function.body)
-    realized = s_tir.SBlockRealize([], tirx.const(True, "bool"), root)
-    function = function.with_body(realized).with_attr("tirx.is_scheduled", True)
-    return function.without_attr("global_symbol")
