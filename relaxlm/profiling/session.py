@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from relaxlm.errors import ConfigError, ContextOverflowError
+from relaxlm.errors import ContextOverflowError
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.executor import Executor
-from relaxlm.runtime.library import Library, check_fits_model
+from relaxlm.runtime.library import Library, check_fits_model, refuse_compile_options
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
@@ -59,8 +59,7 @@ class Session:
 
             library = library_for(folder, device, overrides, progress)
         else:
-            if overrides:
-                raise ConfigError(f"overrides are fixed in {model_lib}: leave one of them out")
+            refuse_compile_options(model_lib, overrides=overrides)
             library = Library.load(model_lib)
             check_fits_model(library, folder, config)
         info = library.metadata

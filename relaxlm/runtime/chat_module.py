@@ -26,7 +26,12 @@ from relaxlm.runtime.chat_settings import ChatConfig
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generation import GenerationConfig
 from relaxlm.runtime.generator import Generator, Reply, Timings
-from relaxlm.runtime.library import Library, check_fits_model, check_settings
+from relaxlm.runtime.library import (
+    Library,
+    check_fits_model,
+    check_settings,
+    refuse_compile_options,
+)
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.prompt import Message, PromptBuilder
@@ -83,7 +88,7 @@ class ChatModule:
                 another name for it.
             progress: called with a stage's name and the share of the work done before it, if the
                 library is compiled now.
-            opt: as `relaxlm compile --opt` takes it, if the library is compiled now.
+            opt: as `relaxlm compile --opt` takes it; only without `model_lib`.
             threads: that kernels run on; one per usable core if None (`runtime/threads.py`).
 
         Raises:
@@ -396,6 +401,7 @@ class ChatModule:
             from relaxlm.runtime.jit import library_for
 
             return library_for(self.folder, device, self.chat_config.overrides(), progress, opt)
+        refuse_compile_options(path, opt=opt)
         library = Library.load(path)
         kind = library.metadata.target.kind
         if device not in ("auto", kind):

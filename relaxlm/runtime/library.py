@@ -123,6 +123,20 @@ def check_fits_model(library: Library, folder: Path, config: ChatConfigFile) -> 
             )
 
 
+def refuse_compile_options(path: Path | str, **options: str | None) -> None:
+    """Refuse options of `compile` that were given along with a library, where they change nothing.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for name, value in options.items():
+        if value:
+            raise ConfigError(
+                f"{name} = {value!r} is for compiling, and {path} is compiled already: leave one "
+                f'of them out, or compile again with --{name} "{value}"'
+            )
+
+
 def check_settings(library: Library, settings: Mapping[str, int | str]) -> None:
     """Compare settings that are fixed at compile time; a smaller context is possible.
 

@@ -13,7 +13,7 @@ from relaxlm.models.weights import ParameterSpec
 from relaxlm.quantization.convert import open_float_checkpoint
 from relaxlm.quantization.kv_cache import KVFormat, get_kv_format
 from relaxlm.quantization.schemes import Scheme, get_scheme
-from relaxlm.runtime.library import Library
+from relaxlm.runtime.library import Library, refuse_compile_options
 from relaxlm.runtime.metadata import LibraryMetadata
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.tokenizer import Tokenizer
@@ -245,6 +245,7 @@ def _open(
             )
         folder = WeightFolder(target)
         if model_lib is not None:
+            refuse_compile_options(model_lib, overrides=overrides, opt=opt)
             return Library.load(model_lib), folder
         from relaxlm.runtime.jit import library_for
 
@@ -254,6 +255,7 @@ def _open(
             f"--model-lib {model_lib} goes with a converted folder, but {target} is none: "
             "give the library's weights with --weights FOLDER"
         )
+    refuse_compile_options(target, overrides=overrides, opt=opt)
     return Library.load(target), WeightFolder(weights or target.parent)
 
 

@@ -576,6 +576,10 @@ def test_libraries_that_do_not_fit(tiny, load, tmp_path):
         refused(ConfigError, lambda: ChatModule(tiny.folder, "cuda", model_lib=tiny.library))
         == f"device 'cuda', but {tiny.library} was compiled for cpu"
     )
+    assert refused(ConfigError, lambda: load(opt="act_quant=0")) == (
+        f"opt = 'act_quant=0' is for compiling, and {tiny.library} is compiled already: leave one "
+        'of them out, or compile again with --opt "act_quant=0"'
+    )
     assert refused(ConfigError, lambda: load(chat_config={"prefill_chunk_size": 9})) == (
         f"chat_config: prefill_chunk_size = 9, but {tiny.library} was compiled with 256; compile "
         'it again with --overrides "prefill_chunk_size=9", or leave the setting out'

@@ -421,6 +421,11 @@ def test_options_that_contradict_each_other_are_refused(llama: Path, q0f32: Path
         "--model-lib b.so goes with a converted folder, but a.so is none: give the library's "
         "weights with --weights FOLDER"
     )
+    for option in ("opt", "overrides"):
+        with pytest.raises(ConfigError, match=f"^{option} = 'x' is for compiling, and a.so is "):
+            prepare(llama, q0f32, TEXTS, model_lib=Path("a.so"), **{option: "x"})
+        with pytest.raises(ConfigError, match=f"^{option} = 'x' is for compiling, and a.so is "):
+            prepare(llama, Path("a.so"), TEXTS, **{option: "x"})
 
 
 def test_texts_without_usable_tokens_are_refused(llama: Path, q0f32: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ how q, panels and weights look in memory; one version per kind of instruction:
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -91,10 +92,10 @@ class Products(Protocol):
     def declare(self, rows: int) -> None:
         """Declare the buffers of a task with so many rows."""
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027  only tiles have something to prepare
         """Once per task, before any product."""
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027
         """Once per task, after all."""
 
     def put_query(self, row: Expr, element) -> None:
@@ -145,7 +146,7 @@ class Accumulators:
                 put(out, place(r, c), get(total, r * self.lanes, self.lanes), self.lanes)
 
 
-class InRegisters:
+class InRegisters(ABC):
     """Products whose sums are vectors: blocks of rows times two vectors, one behind the other.
 
     `wide` pages, or vectors of features, are summed side by side.
@@ -158,14 +159,14 @@ class InRegisters:
     slots = 1
     scores: tirx.Buffer
 
-    def put_query(self, row: Expr, element) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def put_query(self, row: Expr, element) -> None: ...
 
-    def fill(self, pages: Round, page: Expr) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def fill(self, pages: Round, page: Expr) -> None: ...
 
-    def put_weights(self, pages: Round, row: Expr, pair: Expr, weights: list[Expr]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def put_weights(self, pages: Round, row: Expr, pair: Expr, weights: list[Expr]) -> None: ...
 
     def __init__(self, shape: AttentionShape, rows: int, wide: int) -> None:
         self.dim, self.page, self.rows = shape.head_dim, shape.page_size, rows
@@ -191,18 +192,18 @@ class InRegisters:
             size = self.slots * self.rows * self.width // self.depth
             self.weights = scratch(size, self.words)
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027  only tiles have something to prepare
         """Nothing to prepare."""
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027
         """Nothing to give back."""
 
     def score_at(self, row: Expr, page: Expr) -> Expr:
         return row * self.width + page * self.page
 
+    @abstractmethod
     def dot(self, total: Expr, factor: Expr, panel: Expr, lanes: int) -> Expr:
         """total [lanes] + one word of q or weights times a vector of the panel's words."""
-        raise NotImplementedError
 
     def score(self, first: Expr, pair: Expr, slot: Expr | int) -> None:
         page, words = self.page, self.dim // self.depth

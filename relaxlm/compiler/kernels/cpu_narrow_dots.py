@@ -12,6 +12,7 @@ Four-bit codes are used as they are, since they are the same signed and unsigned
 are moved to signed ones where products want that. `start` says what the moved zero point costs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from tvm import tirx
@@ -33,7 +34,7 @@ def shuffle(vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
     return T.Shuffle(list(vectors), [tirx.const(lane, "int32") for lane in lanes])
 
 
-class Dots:
+class Dots(ABC):
     """Four products of bytes, added to int32, in one instruction.
 
     Args:
@@ -97,9 +98,9 @@ define {kind} @relaxlm_in_turn_{self.partial}({kind} %v) alwaysinline nounwind {
     def bytes(self, words: Expr, signed: bool) -> Expr:
         return T.reinterpret(f"{'' if signed else 'u'}int8x{4 * self.lanes}", words)
 
+    @abstractmethod
     def add(self, total: Expr, codes: Expr, x: Expr) -> Expr:
         """total + the products of codes and x, both int32 vectors of bytes."""
-        raise NotImplementedError
 
     def in_turn(self, total: Expr) -> Expr:
         """A sum of `add`, computed when it is this one's turn in the program.
