@@ -92,10 +92,10 @@ class Products(Protocol):
     def declare(self, rows: int) -> None:
         """Declare the buffers of a task with so many rows."""
 
-    def begin(self) -> None:  # noqa: B027  only tiles have something to prepare
+    def begin(self) -> None:
         """Once per task, before any product."""
 
-    def end(self) -> None:  # noqa: B027
+    def end(self) -> None:
         """Once per task, after all."""
 
     def put_query(self, row: Expr, element) -> None:
