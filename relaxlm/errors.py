@@ -13,6 +13,7 @@
     ├── LibraryError            a library that does not fit the machine, the weights or relaxlm
     ├── RequestError            a malformed generation request
     │   └── ContextOverflowError    more tokens than the context window or the KV cache holds
+    ├── BusyError               an engine that takes no more requests now
     └── VerificationError       a compiled library's results are too far from the reference
 
 A message says what was found and where, what was expected, and what to do next. The command line
@@ -70,6 +71,15 @@ class RequestError(RelaxLMError):
 
 class ContextOverflowError(RequestError):
     pass
+
+
+class BusyError(RelaxLMError):
+    """Try again in `retry_after` seconds; `closing` if the engine is about to end."""
+
+    def __init__(self, message: str, retry_after: float = 1.0, closing: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.closing = closing
 
 
 class VerificationError(RelaxLMError):
