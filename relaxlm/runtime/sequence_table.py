@@ -51,6 +51,15 @@ class _Sequence:
     pages: array = field(default_factory=lambda: array("i"))
 
 
+class _Plan(NamedTuple):
+    """What a step changes in the tables."""
+
+    sequences: list[_Sequence]
+    changes: list[tuple[_Sequence, int, bool, int]]  # sequence, pages to drop, a copy, pages to add
+    dropping: list[int]  # pages, once for each sequence that lets go of it
+    needed: int  # pages
+
+
 class PagedSequences:
     """Sequences of tokens over a pool of pages, and the tables of a step.
 
@@ -142,6 +151,44 @@ class PagedSequences:
         self.pool.retain(shared)
         return new
 
+    def adopt(self, pages: Sequence[int], length: int) -> int:
+        """Start a sequence from pages that someone else holds, such as a cache of prefixes.
+
+        They are shared from now on: whoever appends to the last one, partly filled, gets a copy.
+
+        Args:
+            pages: of the pool, in order. Their first `length` tokens were written by steps that
+                have run, so that no copy into these pages is waiting.
+
+        Raises:
+            RequestError: `max_sequences` exist already.
+            ValueError: not the number of pages that `length` tokens take, a page that is twice or
+                free, or a length that does not fit the window (see `can_adopt`).
+        """
+        if length < 0 or len(pages) != -(-length // self.page_size):
+            raise ValueError(
+                f"{len(pages)} pages of {self.page_size} tokens for a sequence of {length}: "
+                f"expected {-(-length // self.page_size)}"
+            )
+        if len(set(pages)) != len(pages):
+            raise ValueError(f"a page is twice in one sequence: {list(pages)}")
+        if not self.can_adopt(length):
+            raise ValueError(
+                f"a sequence of {length} tokens has dropped some of them: its window is "
+                f"{self.window}"
+            )
+        assert not self._copies.keys() & set(pages), f"still to be filled: {self._copies}"
+        self.pool.retain(pages)
+        try:
+            return self._open(_Sequence(length, pages=array("i", pages)))
+        except RequestError:
+            self.pool.release(pages)
+            raise
+
+    def can_adopt(self, length: int) -> bool:
+        """Whether a sequence of this length still has all of its pages at its next step."""
+        return not self.window or self._pages_to_drop(_Sequence(length)) == 0
+
     def truncate(self, seq: int, length: int) -> None:
         """Forget all but the first `length` tokens.
 
@@ -187,56 +234,38 @@ class PagedSequences:
             ContextOverflowError: too few pages are free for all of them; nothing has changed.
             ValueError: no step at all, a sequence twice, or n < 1.
         """
-        size = self.page_size
-        if not steps:
-            raise ValueError("a step needs at least one sequence")
-        if len({seq for seq, _ in steps}) != len(steps):
-            raise ValueError(f"a sequence is twice in one step: {[seq for seq, _ in steps]}")
-
-        # Plan: nothing changes before it is known that the pages suffice.
-        sequences: list[_Sequence] = []
-        changes: list[tuple[_Sequence, int, bool, int]] = []
-        dropping: list[int] = []
-        copied: dict[int, int] = {}  # shared page -> sequences of this step that get a copy of it
-        needed = 0
-        for seq, n in steps:
-            sequence = self._get(seq)
-            if n < 1:
-                raise ValueError(f"sequence {seq}: cannot append {n} tokens, expected at least 1")
-            sequences.append(sequence)
-            cached = sequence.length - sequence.dropped
-            grow = -(-(cached + n) // size) - len(sequence.pages)
-            drop = self._pages_to_drop(sequence) if self.window else 0
-            copy = False
-            if cached % size:
-                last = sequence.pages[-1]
-                if self.pool.holders(last) > 1 and self._is_shared(last, copied.get(last, 0)):
-                    copied[last] = copied.get(last, 0) + 1
-                    copy = True
-            if grow or drop or copy:
-                dropping += sequence.pages[self.sink_pages : self.sink_pages + drop]
-                needed += grow + copy
-                changes.append((sequence, drop, copy, grow))
-        if needed:
-            self._require(needed, dropping, steps)
+        plan = self._plan(steps)  # nothing changes before it is known that the pages suffice
+        if plan.needed:
+            self._require(plan, steps)
 
         # Pages that leave the window go first: this step may need them.
-        if dropping:
-            self._release(dropping)
-        fresh = iter(self.pool.alloc(needed)) if needed else iter(())
-        for sequence, drop, copy, grow in changes:
+        if plan.dropping:
+            self._release(plan.dropping)
+        fresh = iter(self.pool.alloc(plan.needed)) if plan.needed else iter(())
+        for sequence, drop, copy, grow in plan.changes:
             if drop:
                 del sequence.pages[self.sink_pages : self.sink_pages + drop]
-                sequence.dropped += drop * size
+                sequence.dropped += drop * self.page_size
             if copy:
                 target = next(fresh)
                 self._copy_on_write(sequence.pages[-1], target)
                 sequence.pages[-1] = target
             for _ in range(grow):
                 sequence.pages.append(next(fresh))
-        for sequence, (_, n) in zip(sequences, steps, strict=True):
+        for sequence, (_, n) in zip(plan.sequences, steps, strict=True):
             sequence.length += n
-        return self._tables(sequences, [n for _, n in steps])
+        return self._tables(plan.sequences, [n for _, n in steps])
+
+    def pages_needed(self, steps: Sequence[tuple[int, int]]) -> int:
+        """How many pages must be free in the pool for `batch(steps)`; changes nothing.
+
+        Pages to grow into and to copy into, less those that leave a window with this step.
+
+        Raises:
+            ValueError: as `batch`.
+        """
+        plan = self._plan(steps)
+        return max(0, plan.needed - self._freed(plan.dropping)) if plan.needed else 0
 
     def take_copies(self) -> tuple[np.ndarray, np.ndarray]:
         """The page copies to perform now, before the step that `append` or `batch` prepared.
@@ -313,11 +342,46 @@ class PagedSequences:
         waiting = sum(source == page for source in self._copies.values()) if self._copies else 0
         return self.pool.holders(page) - waiting - leaving > 1
 
-    def _require(self, needed: int, dropping: list[int], steps: Sequence[tuple[int, int]]) -> None:
-        free = self.pool.free
+    def _plan(self, steps: Sequence[tuple[int, int]]) -> _Plan:
+        size = self.page_size
+        if not steps:
+            raise ValueError("a step needs at least one sequence")
+        if len({seq for seq, _ in steps}) != len(steps):
+            raise ValueError(f"a sequence is twice in one step: {[seq for seq, _ in steps]}")
+        sequences: list[_Sequence] = []
+        changes: list[tuple[_Sequence, int, bool, int]] = []
+        dropping: list[int] = []
+        copied: dict[int, int] = {}  # shared page -> sequences of this step that get a copy of it
+        needed = 0
+        for seq, n in steps:
+            sequence = self._get(seq)
+            if n < 1:
+                raise ValueError(f"sequence {seq}: cannot append {n} tokens, expected at least 1")
+            sequences.append(sequence)
+            cached = sequence.length - sequence.dropped
+            grow = -(-(cached + n) // size) - len(sequence.pages)
+            drop = self._pages_to_drop(sequence) if self.window else 0
+            copy = False
+            if cached % size:
+                last = sequence.pages[-1]
+                if self.pool.holders(last) > 1 and self._is_shared(last, copied.get(last, 0)):
+                    copied[last] = copied.get(last, 0) + 1
+                    copy = True
+            if grow or drop or copy:
+                dropping += sequence.pages[self.sink_pages : self.sink_pages + drop]
+                needed += grow + copy
+                changes.append((sequence, drop, copy, grow))
+        return _Plan(sequences, changes, dropping, needed)
+
+    def _freed(self, dropping: list[int]) -> int:
+        """Of the pages that sequences let go of, once for each: how many have no other holder."""
+        return sum(self.pool.holders(page) == n for page, n in Counter(dropping).items())
+
+    def _require(self, plan: _Plan, steps: Sequence[tuple[int, int]]) -> None:
+        needed, free = plan.needed, self.pool.free
         if needed <= free:
             return
-        free += sum(self.pool.holders(page) == n for page, n in Counter(dropping).items())
+        free += self._freed(plan.dropping)
         if needed <= free:
             return
         tokens = sum(n for _, n in steps)

@@ -33,6 +33,7 @@ class Model:
         self.tokens: dict[int, list[int]] = {}
         self.cached: dict[int, list[int]] = {}
         self.next_token = 1
+        self.cache: list[tuple[list[int], list[int]]] = []  # pages that it holds, tokens in them
 
     def visible(self, q: int, k: int) -> bool:
         return k <= q and (self.window == 0 or q - k < self.window or k < self.sinks)
@@ -103,8 +104,20 @@ class Model:
         for k in range(length):  # a query of the next step finds what it may see
             assert k in self.cached[seq] or not self.visible(length, k)
 
+    def keep(self, seq: int, length: int) -> None:
+        """Let the cache hold the first tokens of a sequence that has dropped none."""
+        pages = self.table.pages(seq)[: -(-length // self.page_size)]
+        self.table.pool.retain(pages)
+        self.cache.append((pages, self.tokens[seq][:length]))
+
+    def evict(self, index: int) -> None:
+        self.table.pool.release(self.cache.pop(index)[0])
+
     def check(self) -> None:
-        self.table.check()
+        self.table.check([page for pages, _ in self.cache for page in pages])
+        for pages, tokens in self.cache:
+            held = self.memory.reshape(-1, self.page_size)[pages].ravel()
+            assert held[: len(tokens)].tolist() == tokens
         assert len(self.table) == len(self.tokens)
         for seq, tokens in self.tokens.items():
             assert self.table.length(seq) == len(tokens)
@@ -123,6 +136,7 @@ def random_traffic(model: Model, rng: random.Random, steps: int) -> set[str]:
     table, seen = model.table, set()
     for _ in range(steps):
         actions = ["add", "batch", "batch", "batch", "append", "fork", "truncate", "free"]
+        actions += ["keep", "adopt", "evict"]
         action = rng.choice(actions)
         seqs = list(model.tokens)
         full = len(seqs) == table.max_sequences
@@ -137,8 +151,34 @@ def random_traffic(model: Model, rng: random.Random, steps: int) -> set[str]:
                 seq = table.add()
                 assert seq not in model.tokens
                 model.tokens[seq], model.cached[seq] = [], []
+        elif action == "evict":
+            if model.cache:
+                model.evict(rng.randrange(len(model.cache)))
+        elif action == "adopt":
+            if not model.cache:
+                continue
+            pages, tokens = rng.choice(model.cache)
+            if not table.can_adopt(len(tokens)):
+                with pytest.raises(ValueError, match="has dropped some of them"):
+                    table.adopt(pages, len(tokens))
+                assert state(table) == before
+                seen.add("too long to adopt")
+            elif full:
+                with pytest.raises(RequestError):
+                    table.adopt(pages, len(tokens))
+                assert state(table) == before
+            else:
+                seq = table.adopt(pages, len(tokens))
+                assert seq not in model.tokens
+                model.tokens[seq], model.cached[seq] = tokens[:], list(range(len(tokens)))
+                seen.add("adopted" if len(tokens) % model.page_size else "adopted full pages")
         elif not seqs:
             continue
+        elif action == "keep":
+            seq = rng.choice(seqs)
+            whole = table.length(seq) == table.cached(seq)
+            if whole and len(model.cache) < 3 and not table._copies.keys() & set(table.pages(seq)):
+                model.keep(seq, rng.randint(0, table.length(seq)))
         elif action in ("batch", "append"):
             chosen = rng.sample(seqs, rng.randint(1, len(seqs)) if action == "batch" else 1)
             most = rng.choice([1, 1, 3, 3 * model.page_size])
@@ -149,6 +189,8 @@ def random_traffic(model: Model, rng: random.Random, steps: int) -> set[str]:
             roomy.pool.total += 1000
             roomy.batch(request)
             fits = roomy.pool.used <= table.pool.total
+            assert (table.pages_needed(request) <= table.pool.free) == fits
+            assert state(table) == before
             if fits and rng.random() < 0.25:
                 model.abandon(request)
                 seen.add("abandoned with copies" if table._copies else "abandoned")
@@ -218,8 +260,12 @@ def test_random_traffic_reads_back_what_was_written(
     assert {"too many", "no copy", "exhausted", "free", "fork"} <= seen
     assert page_size == 1 or {"copy", "abandoned with copies"} <= seen
     assert not window or {"dropped", "left the window"} <= seen
+    assert page_size == 1 or "adopted" in seen
+    assert "adopted full pages" in seen
     for seq in list(model.tokens):
         model.table.free(seq)
+    while model.cache:
+        model.evict(0)
     model.table.check()
     assert model.table.pool.free == pages
 
@@ -272,6 +318,33 @@ def test_a_fork_at_the_end_of_a_page_needs_no_copy() -> None:
     b = table.fork(a, 4)
     table.append(b, 1)
     assert table.pages(b) == [0, 2] and len(table.take_copies()[0]) == 0
+
+
+def test_an_adopted_page_that_is_partly_filled_is_copied_once_its_sequence_appends() -> None:
+    table, a = make()
+    table.append(a, 6)
+    pages = table.pages(a)
+    table.pool.retain(pages)  # a cache
+    table.free(a)
+    b, c = table.adopt(pages, 6), table.adopt(pages[:1], 4)
+    assert table.pages(b) == [0, 1] and table.pages_needed([(b, 1), (c, 1)]) == 2
+    tables = table.batch([(b, 1), (c, 1)])
+    assert tables.positions.tolist() == [6, 4] and tables.page_ids.tolist() == [0, 2, 0, 3]
+    assert [array.tolist() for array in table.take_copies()] == [[1], [2]]
+    table.check(pages)
+    assert table.pages_needed([(b, 1), (c, 1)]) == 0
+    table.pool.release(pages)
+    assert table.pool.free == 5  # the cache was the last holder of page 1
+    table.check()
+
+
+def test_pages_needed_counts_what_leaves_the_window() -> None:
+    table, seq = make(pages=3, window=4)
+    table.append(seq, 12)
+    assert table.pages_needed([(seq, 8)]) == 0
+    assert table.pages_needed([(seq, 9)]) == 1
+    table.pool.retain([1])
+    assert table.pages_needed([(seq, 8)]) == 1
 
 
 def test_a_page_waits_for_the_copy_that_will_read_it() -> None:
@@ -392,8 +465,39 @@ def test_messages() -> None:
     fails(ValueError, "a sequence is twice in one step: [1, 1]", table.batch, [(b, 1), (b, 1)])
     fails(ValueError, "a step needs at least one sequence", table.batch, [])
     fails(ValueError, "there is no sequence 7: never added, or freed", table.free, 7)
+    fails(ValueError, "a step needs at least one sequence", table.pages_needed, [])
     table.free(b)
     fails(ValueError, "there is no sequence 1: never added, or freed", table.length, b)
+    page = table.pages(a)[-1]
+    fails(
+        ValueError,
+        "1 pages of 4 tokens for a sequence of 5: expected 2",
+        table.adopt,
+        [page],
+        5,
+    )
+    fails(
+        ValueError,
+        f"a page is twice in one sequence: [{page}, {page}]",
+        table.adopt,
+        [page, page],
+        7,
+    )
+    fails(
+        ValueError,
+        "a sequence of 7 tokens has dropped some of them: its window is 4",
+        table.adopt,
+        [page, page + 1],
+        7,
+    )
+    free = table.pool._free[0]
+    fails(
+        ValueError,
+        f"page {free} cannot be shared: it is not in use",
+        table.adopt,
+        [free],
+        3,
+    )
 
 
 def test_a_table_refuses_sizes_that_make_no_sense() -> None:
