@@ -143,6 +143,10 @@ class SamplingState:
         vocab_size: ids are below it. If the model's logits are padded, the number of real ones.
         choice: which of the config's `n` replies; each has random numbers of its own.
 
+    Attributes:
+        mask: [ceil(vocab_size / 32)] uint32, or None: the next token i is allowed if bit i % 32 of
+            word i // 32 is 1. Whoever sets it sets it anew for each token.
+
     Raises:
         RequestError: a token id outside the vocabulary.
     """
@@ -156,6 +160,7 @@ class SamplingState:
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
+        self.mask: np.ndarray | None = None
         prompt_ids = np.unique(np.asarray(prompt, np.int64))
         self.bias_ids = np.array(list(config.logit_bias.keys()), np.int64)
         self.bias = np.array(list(config.logit_bias.values()), np.float64)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from relaxlm.errors import ContextOverflowError
+from relaxlm.errors import ContextOverflowError, LibraryError
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.sampling import Sampled, sample
@@ -175,7 +175,7 @@ class Generator:
             running = list(zip([seq, *forks], replies, strict=True))
             logits = np.repeat(logits, len(replies), axis=0)
             while True:
-                chosen = sample(logits, [reply.state for _, reply in running])
+                chosen = _all_sampled(sample(logits, [reply.state for _, reply in running]))
                 timings.decode_tokens += len(running)
                 for (_, reply), sampled in zip(running, chosen, strict=True):
                     on_text(reply, reply.push(sampled))
@@ -236,3 +236,13 @@ class Generator:
     def active_vocab(self) -> int:
         """Ids from here on are padding of the weight matrix and never chosen."""
         return min(self.executor.vocab_size, self.tokenizer.vocab_size)
+
+
+def _all_sampled(results: Sequence[Sampled | LibraryError]) -> list[Sampled]:
+    """Raises the first error among them."""
+    chosen = []
+    for result in results:
+        if isinstance(result, LibraryError):
+            raise result
+        chosen.append(result)
+    return chosen

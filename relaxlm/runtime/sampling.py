@@ -2,6 +2,7 @@
 
 Each row goes through these steps, in this order, in float64:
 
+0. Tokens that the state's mask forbids are as if their logit were -inf.
 1. logit_bias is added.
 2. repetition_penalty r, on every token of prompt and reply: a positive logit is divided by r, a
    negative one multiplied (CTRL; as in transformers). Then, on every token that the reply has c > 0
@@ -20,7 +21,7 @@ before top_k. Of equal logits the lower id is the larger one in every step (tran
 that tie with the last of the top k). Rows do not influence each other: a request with a seed gets
 the same tokens in any batch.
 
-Log probabilities are those of the model's own logits, before step 1.
+Log probabilities are those of the model's own logits, before step 0.
 """
 
 import threading
@@ -43,7 +44,7 @@ class Sampled(NamedTuple):
     top: tuple[tuple[int, float], ...]  # the `top_logprobs` most probable (id, logprob), best first
 
 
-def sample(logits: np.ndarray, states: Sequence[SamplingState]) -> list[Sampled]:
+def sample(logits: np.ndarray, states: Sequence[SamplingState]) -> list[Sampled | LibraryError]:
     """Choose the next token of each request, and record it in the request's state.
 
     Args:
@@ -51,8 +52,9 @@ def sample(logits: np.ndarray, states: Sequence[SamplingState]) -> list[Sampled]
             its state's `vocab_size`: the rest is padding, and never chosen.
         states: one for each row.
 
-    Raises:
-        LibraryError: a row with NaN or +inf, or without any finite logit; no state has changed.
+    Returns:
+        For each row its token, or what is wrong with the row, and then its state has not changed:
+        it has NaN or +inf, or no finite logit, or none that its mask allows.
     """
     if logits.ndim != 2 or len(logits) != len(states) or logits.dtype != np.float32:
         raise ValueError(
@@ -64,22 +66,48 @@ def sample(logits: np.ndarray, states: Sequence[SamplingState]) -> list[Sampled]
             f"logits for {logits.shape[1]} tokens, and vocabularies of "
             f"{sorted({state.vocab_size for state in states})}"
         )
-    rows = [row[: state.vocab_size] for row, state in zip(logits, states, strict=True)]
-    best = [_checked_argmax(row, i) for i, row in enumerate(rows)]
-    results = []
-    for row, most_probable, state in zip(rows, best, states, strict=True):
-        config = state.config
-        adjusted = _adjust(row, state)
-        if config.temperature > 0:
-            token = _choose(adjusted, config, state.uniform())
-        else:
-            token = most_probable if adjusted is row else int(adjusted.argmax())
-        if config.logprobs:
-            results.append(Sampled(token, *_logprobs(row, token, config.top_logprobs)))
-        else:
-            results.append(Sampled(token, None, ()))
-        state.accept(token)
+    results: list[Sampled | LibraryError] = []
+    for i, (row, state) in enumerate(zip(logits, states, strict=True)):
+        try:
+            results.append(_sample_row(row[: state.vocab_size], state, i))
+        except LibraryError as error:
+            results.append(error)
     return results
+
+
+def _sample_row(row: np.ndarray, state: SamplingState, index: int) -> Sampled:
+    config = state.config
+    most_probable = _checked_argmax(row, index)
+    left = row
+    if state.mask is not None:
+        left = np.where(_allowed(state.mask, len(row)), row, np.float32(-np.inf))
+        most_probable = int(left.argmax())
+        if left[most_probable] == -np.inf:
+            raise LibraryError(
+                f"no token may follow: the mask of row {index} of the logits forbids all "
+                f"{len(row)} tokens, or all but those that the model rules out"
+            )
+    adjusted = _adjust(left, state)
+    if config.temperature > 0:
+        token = _choose(adjusted, config, state.uniform())
+    else:
+        token = most_probable if adjusted is left else int(adjusted.argmax())
+    sampled = Sampled(token, None, ())
+    if config.logprobs:
+        sampled = Sampled(token, *_logprobs(row, token, config.top_logprobs))
+    state.accept(token)
+    return sampled
+
+
+def _allowed(mask: np.ndarray, size: int) -> np.ndarray:
+    """[size] bool from a bit mask."""
+    if mask.dtype != np.uint32 or mask.shape != (-(-size // 32),):
+        raise ValueError(
+            f"a mask {mask.dtype} {list(mask.shape)}: expected uint32 [{-(-size // 32)}], "
+            f"a bit for each of {size} tokens"
+        )
+    bits = np.unpackbits(mask.astype("<u4", copy=False).view(np.uint8), bitorder="little")
+    return bits[:size].view(bool)
 
 
 def _checked_argmax(row: np.ndarray, index: int) -> int:

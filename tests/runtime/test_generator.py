@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from relaxlm.errors import ContextOverflowError, RequestError
+from relaxlm.errors import ContextOverflowError, LibraryError, RequestError
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.generator import Generator, Reply
 from relaxlm.runtime.metadata import Limits
@@ -315,3 +315,24 @@ def test_log_probabilities_are_kept_when_asked_for():
     (reply,), _ = generator.generate(sequences.add(), PROMPT, config, NEVER, (), 4)
     assert [sampled.token for sampled in reply.logprobs] == reply.tokens
     assert all(len(sampled.top) == 2 for sampled in reply.logprobs)
+
+
+def test_logits_that_are_no_numbers_end_the_generation(monkeypatch):
+    generator, executor, sequences = make()
+    forward = executor.forward
+
+    def broken(tables, ids, rows):
+        logits = forward(tables, ids, rows)
+        if len(executor.steps) == 4:
+            logits[1] = np.nan
+        return logits
+
+    monkeypatch.setattr(executor, "forward", broken)
+    seq, pushed = sequences.add(), []
+    config = GenerationConfig(seed=1, n=2)
+    with pytest.raises(LibraryError, match="the model computed nan for token 0 in row 1"):
+        generator.generate(
+            seq, PROMPT, config, NEVER, (), 9, on_text=lambda reply, text: pushed.append(reply)
+        )
+    assert len(pushed) == 4 and len(sequences) == 1
+    sequences.check()

@@ -11,10 +11,17 @@ from relaxlm.runtime.sampling import Sampled, sample
 
 
 def reference(
-    row: np.ndarray, config: GenerationConfig, prompt: list[int], reply: list[int], rng
+    row: np.ndarray,
+    config: GenerationConfig,
+    prompt: list[int],
+    reply: list[int],
+    rng,
+    allowed: set[int] | None = None,
 ) -> int:
     """Token by token, in Python's floats; sorts everything."""
     logits = [float(x) for x in row]
+    if allowed is not None:
+        logits = [x if i in allowed else -math.inf for i, x in enumerate(logits)]
     for token, bias in config.logit_bias.items():
         logits[token] += bias
     for token in {*prompt, *reply}:
@@ -51,6 +58,13 @@ def reference(
 
 def generator(seed: int, choice: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, choice])))
+
+
+def bit_mask(allowed: set[int], vocab: int) -> np.ndarray:
+    words = np.zeros(-(-vocab // 32), np.uint32)
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words
 
 
 def random_row(rng: np.random.Generator, vocab: int) -> np.ndarray:
@@ -96,7 +110,12 @@ def test_tokens_are_those_of_the_reference(seed: int) -> None:
         for _ in range(6):
             row = random_row(numbers, vocab)
             given = row.copy()
-            expected = reference(row, config, prompt, reply, draw)
+            allowed = None
+            if rng.random() < 0.3:
+                finite = np.flatnonzero(row > -np.inf).tolist()
+                allowed = {rng.choice(finite), *rng.sample(range(vocab), rng.randint(0, vocab))}
+            state.mask = None if allowed is None else bit_mask(allowed, vocab)
+            expected = reference(row, config, prompt, reply, draw, allowed)
             assert sample(row[None], [state])[0].token == expected, (config, row, reply)
             np.testing.assert_array_equal(row, given)
             reply.append(expected)
@@ -286,28 +305,81 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     assert sample(row, [SamplingState(GenerationConfig(), [], 4)])[0][1:] == (None, ())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_comes_before_everything_but_the_log_probabilities(temperature: float) -> None:
+    """The only allowed token is chosen, whatever speaks against it."""
+    row = np.array([[9.0, 8.0, -5.0, 7.0] + [6.0] * 66], np.float32)
+    config = GenerationConfig(
+        temperature=temperature,
+        top_k=1,
+        top_p=0.1,
+        logit_bias={0: 100, 2: -100, 69: 100},
+        repetition_penalty=2.0,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    state = SamplingState(config, [2], 70)
+    norm = math.log(np.exp(row.astype(float)).sum())
+    for token in (2, 68, 2):
+        state.mask = bit_mask({token}, 70)
+        (got,) = sample(row, [state])
+        assert got.token == token
+        assert got.logprob == pytest.approx(float(row[0, token]) - norm, abs=1e-12)
+        assert [token for token, _ in got.top] == [0, 1]
+    state.mask = None
+    assert sample(row, [state])[0].token in (0, 69)
+
+
+NOT_FINITE = (
+    "the model computed {} in row 1 of its logits: expected finite numbers. Check the weights with "
+    "`relaxlm verify`; if float16 is too narrow for this model, use a bfloat16 or float32 preset"
+)
+NONE_ALLOWED = (
+    "no token may follow: the mask of row 1 of the logits forbids all 3 tokens, or all but those "
+    "that the model rules out"
+)
+
+
 @pytest.mark.parametrize(
-    ("values", "found"),
+    ("values", "mask", "message"),
     [
-        ([0.0, np.nan, 5.0], "nan for token 1"),
-        ([0.0, 1.0, np.inf], "inf for token 2"),
-        ([-np.inf] * 3, "no logit above -inf"),
+        ([0.0, np.nan, 5.0], None, NOT_FINITE.format("nan for token 1")),
+        ([0.0, np.nan, 5.0], {0, 2}, NOT_FINITE.format("nan for token 1")),
+        ([0.0, 1.0, np.inf], None, NOT_FINITE.format("inf for token 2")),
+        ([-np.inf] * 3, None, NOT_FINITE.format("no logit above -inf")),
+        ([1.0, 2.0, 3.0], set(), NONE_ALLOWED),
+        ([1.0, -np.inf, 3.0], {1}, NONE_ALLOWED),
     ],
 )
-def test_logits_that_are_no_numbers_are_refused_and_change_nothing(
-    values: list[float], found: str
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_a_possible_token_fails_alone(
+    values: list[float], mask: set[int] | None, message: str, temperature: float
 ) -> None:
-    rows = np.array([[1.0, 2.0, 3.0], values], np.float32)
-    states = [SamplingState(GenerationConfig(seed=seed), [], 3) for seed in range(2)]
-    message = (
-        f"the model computed {found} in row 1 of its logits: expected finite numbers. Check the "
-        "weights with `relaxlm verify`; if float16 is too narrow for this model, use a bfloat16 "
-        "or float32 preset"
-    )
-    with pytest.raises(LibraryError, match=f"^{re.escape(message)}$"):
-        sample(rows, states)
-    assert states[0].generated == 0
-    assert states[0].uniform() == generator(0).random()
+    rows = np.array([[1.0, 2.0, 3.0], values, [-1e30, 5.0, -1e30]], np.float32)
+    config = GenerationConfig(temperature=temperature, seed=0)
+    states = [SamplingState(config, [], 3) for _ in range(3)]
+    states[1].mask = None if mask is None else bit_mask(mask, 3)
+    first, error, last = sample(rows, states)
+    assert isinstance(first, Sampled) and isinstance(last, Sampled) and last.token == 1
+    assert isinstance(error, LibraryError) and str(error) == message
+    assert [state.generated for state in states] == [1, 0, 1]
+    assert states[1].uniform() == generator(0).random()
+
+
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (np.zeros(1, np.int32), "int32 [1]"),
+        (np.zeros(2, np.uint32), "uint32 [2]"),
+        (np.zeros(0, np.uint32), "uint32 [0]"),
+    ],
+)
+def test_masks_of_another_shape_are_refused(mask: np.ndarray, found: str) -> None:
+    state = SamplingState(GenerationConfig(), [], 32)
+    state.mask = mask
+    message = f"a mask {found}: expected uint32 [1], a bit for each of 32 tokens"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        sample(np.zeros((1, 32), np.float32), [state])
 
 
 @pytest.mark.parametrize(
