@@ -94,7 +94,7 @@ def _sample_row(row: np.ndarray, state: SamplingState, index: int) -> Sampled:
         token = most_probable if adjusted is left else int(adjusted.argmax())
     sampled = Sampled(token, None, ())
     if config.logprobs:
-        sampled = Sampled(token, *_logprobs(row, token, config.top_logprobs))
+        sampled = Sampled(token, *logprobs_of(row, token, config.top_logprobs))
     state.accept(token)
     return sampled
 
@@ -220,9 +220,14 @@ def _nucleus(logits: np.ndarray, config: GenerationConfig) -> np.ndarray:
     return kept if ids is None else ids.take(kept)
 
 
-def _logprobs(
+def logprobs_of(
     row: np.ndarray, token: int, count: int
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """A token's log probability, and the `count` most probable tokens with theirs.
+
+    Args:
+        row: [vocab] float32 logits.
+    """
     norm = float(row.max()) + float(np.log(_weights(row, 1.0).sum()))
     if not count:
         return float(row[token]) - norm, ()
