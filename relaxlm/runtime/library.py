@@ -225,3 +225,8 @@ def _read_metadata(text: str, path: Path) -> LibraryMetadata:
         raise LibraryError(
             f"{path}: its metadata is damaged at {place}: {problem['msg']}"
         ) from None
+
+
+def is_batch_invariant(metadata: LibraryMetadata) -> bool:
+    """Whether a token's logits are the same, bit for bit, whatever else is in the step."""
+    return "batch_invariant=1" in metadata.opt.split(";")
