@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from relaxlm.errors import ToolchainError
 from relaxlm.files import format_bytes
+from relaxlm.runtime.memory import available_memory, total_memory
 from relaxlm.versions import (
     PINNED,
     RELAXLM_VERSION,
@@ -242,13 +243,8 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _memory() -> str:
-    try:
-        page, total = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
+    total, available = total_memory(), available_memory()
+    if total is None:
         return "unknown"
-    try:
-        text = Path("/proc/meminfo").read_text()
-        [available] = [line.split()[1] for line in text.splitlines() if "MemAvailable" in line]
-    except (OSError, ValueError):
-        return format_bytes(page * total)
-    return f"{format_bytes(page * total)}, {format_bytes(int(available) * 1024)} available"
+    text = format_bytes(total)
+    return text if available is None else f"{text}, {format_bytes(available)} available"

@@ -19,26 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from relaxlm.errors import ConfigError, ContextOverflowError, RequestError, TemplateError
+from relaxlm.errors import ContextOverflowError, RequestError
 from relaxlm.files import format_bytes
-from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.chat_settings import ChatConfig
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generation import GenerationConfig
 from relaxlm.runtime.generator import Generator, Reply, Timings
-from relaxlm.runtime.library import (
-    Library,
-    check_fits_model,
-    check_settings,
-    refuse_compile_options,
-)
+from relaxlm.runtime.model import ServedModel, either_name
 from relaxlm.runtime.page_pool import PagePool
-from relaxlm.runtime.params import WeightFolder
-from relaxlm.runtime.prompt import Message, PromptBuilder
+from relaxlm.runtime.prompt import Message
 from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
 from relaxlm.runtime.streaming import StreamCallback
 from relaxlm.runtime.threads import set_threads
-from relaxlm.runtime.tokenizer import Tokenizer
 
 __all__ = ["ChatConfig", "ChatModule"]
 
@@ -95,17 +87,12 @@ class ChatModule:
             RelaxLMError: a folder, library or setting that is wrong; says what to do.
         """
         started = time.perf_counter()
-        self.folder = Path(model)
-        self.chat_config = ChatConfig.of(chat_config)
-        self.config = ChatConfigFile.load(self.folder)
-        if self.chat_config.conv_template is not None:
-            self.config = _with_template(self.config, self.chat_config.conv_template)
-        self.tokenizer = Tokenizer.load(self.folder)
-        self.prompts = PromptBuilder(self.config, self.tokenizer, str(self.folder))
-        weights = WeightFolder(self.folder)
-        # A template of plain text lets the reply go on where the prompt ends, with its space.
-        self._continues_text = _continues_text(self.prompts)
-        self.library = self._library(_either(model_lib, model_lib_path), device, opt, progress)
+        self.model = ServedModel.load(
+            model, device, chat_config, either_name(model_lib, model_lib_path), progress, opt
+        )
+        self.folder, self.chat_config = self.model.folder, self.model.chat_config
+        self.tokenizer, self.prompts = self.model.tokenizer, self.model.prompts
+        self.library = self.model.library
         limits = self.library.metadata.limits
         self._window = limits.sliding_window_size
         self.context_window_size = limits.context_window_size
@@ -123,7 +110,7 @@ class ChatModule:
         self.max_replies = 1 if self._window else min(limits.max_batch_size, MAX_REPLIES)
         pages += 2 * (self.max_replies - 1)
         set_threads(threads)
-        self.executor = Executor(self.library, weights, pages)
+        self.executor = Executor(self.library, self.model.weights, pages)
         self.sequences = PagedSequences(
             PagePool(pages), page_size, self._window, limits.attention_sink_size
         )
@@ -259,7 +246,7 @@ class ChatModule:
         else:
             messages = list(prompt)
         kept, ids = self._fit(messages, settings)
-        first = self._run(ids, settings, callback, self._continues_text)
+        first = self._run(ids, settings, callback, self.model.continues_text)
         self.forgotten_messages = len(messages) - len(kept)
         answered = first.text or first.finish_reason != "cancelled"
         if answered and not stateless and self.prompts.source != "none":
@@ -368,56 +355,13 @@ class ChatModule:
         Raises:
             RequestError: an unknown option, a value that is not possible, or too many replies.
         """
-        if given is None:
-            given = GenerationConfig()
-        elif not isinstance(given, GenerationConfig):
-            given = GenerationConfig(**given)
-        file = self.config
-        defaults: dict[str, Any] = {
-            "temperature": file.temperature,
-            "top_p": file.top_p,
-            "repetition_penalty": file.repetition_penalty,
-            "presence_penalty": file.presence_penalty,
-            "frequency_penalty": file.frequency_penalty,
-            "top_k": file.relaxlm.top_k,
-            "min_p": file.relaxlm.min_p,
-        }
-        settings = given.merged({**defaults, **self.chat_config.sampling()})
+        settings = self.model.settings(given)
         if settings.n > self.max_replies:
             why = "with a sliding window" if self._window else "with this library"
             raise RequestError(
                 f"n = {settings.n}: at most {self.max_replies} at a time {why}; ask several times"
             )
         return settings
-
-    def _library(
-        self,
-        path: str | Path | None,
-        device: str,
-        opt: str | None,
-        progress: Callable[[str, float], None],
-    ) -> Library:
-        if path is None:
-            from relaxlm.runtime.jit import library_for
-
-            return library_for(self.folder, device, self.chat_config.overrides(), progress, opt)
-        refuse_compile_options(path, opt=opt)
-        library = Library.load(path)
-        kind = library.metadata.target.kind
-        if device not in ("auto", kind):
-            raise ConfigError(f"device {device!r}, but {path} was compiled for {kind}")
-        check_fits_model(library, self.folder, self.config)
-        check_settings(library, self.chat_config.compiled())
-        return library
-
-
-def _either(model_lib: str | Path | None, model_lib_path: str | Path | None) -> str | Path | None:
-    if model_lib and model_lib_path and Path(model_lib) != Path(model_lib_path):
-        raise ConfigError(
-            f"model_lib = {str(model_lib)!r} and model_lib_path = {str(model_lib_path)!r} are two "
-            "names of one argument: give one of them"
-        )
-    return model_lib or model_lib_path
 
 
 def _reporting(
@@ -427,24 +371,6 @@ def _reporting(
     if callback is None:
         return lambda reply, text: None, lambda: False
     return lambda reply, text: callback.on_token(text), lambda: callback.cancelled
-
-
-def _continues_text(prompts: PromptBuilder) -> bool:
-    """Whether a prompt ends with the user's own text, as that of a base model does."""
-    if prompts.source == "none":
-        return True
-    try:
-        return prompts.text([{"role": "user", "content": "Once"}]).endswith("Once")
-    except TemplateError:
-        return False
-
-
-def _with_template(config: ChatConfigFile, name: str) -> ChatConfigFile:
-    """The configuration with a named template in place of the model's own."""
-    section = config.relaxlm.model_copy(update={"chat_template": None})
-    content = {**config.as_json(), "conv_template": name}
-    content["relaxlm"] = section.model_dump(exclude_defaults=True)
-    return ChatConfigFile.parse(content, "chat_config")
 
 
 def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:

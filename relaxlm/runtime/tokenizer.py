@@ -8,7 +8,7 @@ reads all three as transformers does.
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,17 +252,23 @@ class Tokenizer:
         decoder = self.stream(skip_special_tokens)
         return decoder.push(ids) + decoder.finish()
 
-    def stream(self, skip_special_tokens: bool = True, continuing: bool = False) -> StreamDecoder:
+    def stream(
+        self,
+        skip_special_tokens: bool = True,
+        continuing: bool = False,
+        shown: Set[int] = frozenset(),
+    ) -> StreamDecoder:
         """A decoder for ids that arrive one by one.
 
         Args:
+            shown: special tokens that are not skipped.
             continuing: the ids continue a text; otherwise they start one, and the leading space
                 that SentencePiece vocabularies put in front of a text is dropped.
 
         Raises:
             TokenizerError: a decoder that rewrites earlier text (WordPiece and the like).
         """
-        skip = self.special_ids if skip_special_tokens else frozenset()
+        skip = self.special_ids - shown if skip_special_tokens else frozenset()
         return StreamDecoder(self._decode_rules(), self.id_to_token, skip, continuing)
 
     def _decode_rules(self) -> DecodeRules:

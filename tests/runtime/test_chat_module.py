@@ -624,9 +624,9 @@ def test_a_folder_without_template_takes_single_texts(tiny, load, tmp_path, digi
     chat = load(folder)
     plain = {
         "conv_template": None,
-        "relaxlm": chat.config.relaxlm.model_copy(update={"chat_template": None}),
+        "relaxlm": chat.model.config.relaxlm.model_copy(update={"chat_template": None}),
     }
-    chat.config.model_copy(update=plain).save(folder)
+    chat.model.config.model_copy(update=plain).save(folder)
     chat = load(folder)
     reply = chat.generate("the cat", digits)
     assert chat.generate("the cat", digits) == reply  # nothing is remembered

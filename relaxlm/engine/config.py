@@ -1,0 +1,159 @@
+"""What may be chosen of an engine, and the KV cache that follows from it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from relaxlm.engine.scheduler import StepLimits
+from relaxlm.errors import ConfigError
+from relaxlm.files import format_bytes
+from relaxlm.runtime.chat_config import explained
+from relaxlm.runtime.metadata import LibraryMetadata
+from relaxlm.runtime.sequence_table import pages_per_sequence
+
+Mode = Literal["local", "interactive", "server"]
+Count = Annotated[int, Field(gt=0)]
+
+# Replies at a time, by mode; "server" takes what the library was compiled for.
+_BATCH = {"interactive": 1, "local": 4}
+# "server": the share of the memory left that the KV cache may take.
+_SERVER_SHARE = 0.7
+# Other modes: the most they take, for a conversation is not held up by another one's cache.
+_LOCAL_SHARE = 0.35
+# Tokens of prompts in a step beside replies being written, on CPUs: a small share of a second.
+_MIXED_ON_CPU = 256
+# What a machine that doesn't tell its memory is taken to have left.
+_ASSUMED_MEMORY = 4 * 2**30
+
+
+class EngineConfig(BaseModel):
+    """Sizes are in tokens. None: follows from `mode`, the library and the memory that is free.
+
+    Attributes:
+        mode: "interactive" for one user, "local" for a few programs on one machine (4 replies at a
+            time), "server" for as many as the library and the memory take.
+        max_batch_size: replies at a time, `n` > 1 counted.
+        context_window_size: prompt and reply of one request.
+        kv_cache_tokens: of all requests together.
+        prefill_chunk_size: the most tokens of one step.
+        mixed_prefill_tokens: of prompts, in steps in which replies are being written.
+        max_waiting: requests; further ones are refused until some have ended.
+        prefix_cache: whether requests share the work on common prefixes.
+        speculative: "ngram" guesses tokens from the text so far; the replies stay the same.
+        speculative_tokens: the longest guess.
+        batch_invariant: compile a library whose results do not depend on what else is in a step;
+            a given library must be one.
+
+    Raises:
+        ConfigError: an unknown setting, or a value that is not possible.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Mode = "local"
+    max_batch_size: Count | None = None
+    context_window_size: Count | None = None
+    kv_cache_tokens: Count | None = None
+    prefill_chunk_size: Count | None = None
+    mixed_prefill_tokens: Count | None = None
+    max_waiting: Annotated[int, Field(ge=0)] = 256
+    prefix_cache: bool = True
+    speculative: Literal["off", "ngram"] = "off"
+    speculative_tokens: Annotated[int, Field(gt=0, le=32)] = 4
+    batch_invariant: bool = False
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(f"engine_config: {explained(error)}") from None
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What an engine runs with.
+
+    Attributes:
+        context: the most tokens of prompt and reply.
+        pages: of the KV cache.
+    """
+
+    context: int
+    pages: int
+    limits: StepLimits
+
+
+def plan_cache(info: LibraryMetadata, config: EngineConfig, memory: int | None = None) -> CachePlan:
+    """
+    Args:
+        memory: bytes that weights, cache and buffers may take; None if the device doesn't tell.
+
+    Raises:
+        ConfigError: more than the library was compiled for, or than the memory holds.
+    """
+    compiled = info.limits
+    batch = _within(config.max_batch_size, compiled.max_batch_size, "max_batch_size")
+    if config.max_batch_size is None:
+        batch = min(_BATCH.get(config.mode, batch), batch)
+    chunk = _within(config.prefill_chunk_size, compiled.prefill_chunk_size, "prefill_chunk_size")
+    if chunk < batch:
+        raise ConfigError(
+            f"engine_config: prefill_chunk_size = {chunk} is less than the {batch} replies that a "
+            "step may hold: make it larger, or max_batch_size smaller"
+        )
+    context = _within(
+        config.context_window_size, compiled.context_window_size, "context_window_size"
+    )
+    size, window = info.kv_cache.page_size, compiled.sliding_window_size
+
+    def pages_of(tokens: int) -> int:
+        # A page more: for the copy of a shared page that a reply begins with.
+        return 1 + pages_per_sequence(
+            tokens, chunk, size, window, compiled.attention_sink_size if window else 0
+        )
+
+    if window:
+        context = 2**31 - 1
+    page_bytes = size * info.kv_cache.bytes_per_token
+    free = (memory or _ASSUMED_MEMORY) - info.memory.params - info.memory.temporary["forward"]
+    wanted = batch * pages_of(context)
+    pages = _pages(config, wanted, page_bytes, size, free)
+    if pages < pages_of(context):  # memory for less than one whole context
+        context = (pages - 1) * size
+        if window or context < 1 or config.context_window_size is not None:
+            raise ConfigError(
+                f"the KV cache has room for {max(pages - 1, 0) * size} tokens, and one request "
+                f"may need {(pages_of(context) - 1) * size}: set a smaller context_window_size"
+                + (" or a larger kv_cache_tokens" if config.kv_cache_tokens else "")
+            )
+    mixed = config.mixed_prefill_tokens
+    if mixed is None:
+        mixed = _MIXED_ON_CPU if info.target.kind == "cpu" else chunk
+    limits = StepLimits(chunk, batch, compiled.max_batch_size, min(mixed, chunk))
+    return CachePlan(context, pages, limits)
+
+
+def _pages(config: EngineConfig, wanted: int, page_bytes: int, page_size: int, free: int) -> int:
+    """Of the KV cache: those wanted, as far as their share of the free memory goes."""
+    if config.kv_cache_tokens is not None:
+        return -(-config.kv_cache_tokens // page_size) + 1
+    share = _SERVER_SHARE if config.mode == "server" else _LOCAL_SHARE
+    affordable = max(int(share * free) // page_bytes, 0)
+    if affordable < 2:
+        raise ConfigError(
+            f"{format_bytes(max(free, 0))} of memory are left beside the weights: too little for "
+            "a KV cache; end other programs, or set kv_cache_tokens to use it all the same"
+        )
+    return min(wanted, affordable)
+
+
+def _within(asked: int | None, compiled: int, name: str) -> int:
+    if asked is None:
+        return compiled
+    if asked > compiled:
+        raise ConfigError(
+            f"engine_config: {name} = {asked}, but the library was compiled for {compiled}; "
+            f'compile with --overrides "{name}={asked}", or ask for less'
+        )
+    return asked
