@@ -1,0 +1,145 @@
+"""Which format a model's replies have, from its chat template and vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from relaxlm.engine.replies.formats import FORMATS, ToolFormat, format_named, format_of
+from relaxlm.engine.replies.harmony import TOKENS as HARMONY_TOKENS
+from relaxlm.engine.replies.harmony import read_harmony
+from relaxlm.engine.replies.parser import ReasoningTags, ReplyParser, read_reply
+from relaxlm.engine.replies.reader import Reader, Wait
+from relaxlm.engine.replies.sink import NewId, Sink, openai_id, short_id
+from relaxlm.engine.replies.tools import ToolRequest
+from relaxlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from relaxlm.runtime.tokenizer import Tokenizer
+
+# Tags of reasoning, by the name that an override gives them.
+REASONING: Mapping[str, ReasoningTags] = {
+    "think": ReasoningTags("<think>", "</think>"),
+    "THINK": ReasoningTags("[THINK]", "[/THINK]"),
+    "channel": ReasoningTags("<|channel>thought\n", "<channel|>"),
+}
+
+
+@dataclass(frozen=True)
+class ReplyFormat:
+    """How one model writes its replies. Made by `reply_format`.
+
+    Attributes:
+        tools: the format of tool calls.
+        reasoning: the tags of its reasoning; None if it does not reason, or in channels (harmony).
+        special: text -> id of the format's marks that are special tokens.
+    """
+
+    tools: ToolFormat
+    reasoning: ReasoningTags | None
+    special: Mapping[str, int]
+
+    @property
+    def channels(self) -> bool:
+        """Whether replies are messages on channels, as those of gpt-oss."""
+        return self.tools.name == "harmony"
+
+    def shown_special(self, request: ToolRequest | None) -> frozenset[int]:
+        """The special tokens that the parser needs to see: for GenerationRequest."""
+        needed = set(HARMONY_TOKENS) if self.channels else set()
+        if request is not None:
+            needed.update(self.tools.tokens)
+        if self.reasoning is not None:
+            needed.update((self.reasoning.begin, self.reasoning.end))
+        return frozenset(i for text, i in self.special.items() if text in needed)
+
+    def starts_in_reasoning(self, prompt: str) -> bool:
+        """Whether a prompt (its text, from PromptBuilder.text) ends inside of the reasoning."""
+        if self.reasoning is None:
+            return False
+        return prompt.rstrip().endswith(self.reasoning.begin.rstrip())
+
+    def parser(
+        self,
+        request: ToolRequest | None = None,
+        starts_in_reasoning: bool = False,
+        new_id: NewId | None = None,
+    ) -> ReplyParser:
+        """A parser for one reply.
+
+        Args:
+            request: what `tool_request` gave; without it, nothing is taken for a call.
+            new_id: makes the ids of calls.
+        """
+
+        def read(reader: Reader, sink: Sink) -> Wait:
+            if self.channels:
+                return read_harmony(reader, sink, request is not None)
+            if request is None:
+                return read_reply(reader, sink, self.reasoning, starts_in_reasoning, (), None)
+            return read_reply(
+                reader,
+                sink,
+                self.reasoning,
+                starts_in_reasoning,
+                self.tools.marks,
+                lambda reader, sink, mark: self.tools.read(reader, sink, mark, request),
+            )
+
+        return ReplyParser(read, new_id or (short_id if self.tools.short_ids else openai_id))
+
+
+def reply_format(
+    templates: Mapping[str, str],
+    tokenizer: Tokenizer,
+    tools: str | None = None,
+    reasoning: str | None = None,
+) -> ReplyFormat:
+    """The format of a model's replies.
+
+    Args:
+        templates: the model's chat templates by name, none for a model without.
+        tools: the name of a tool format (`FORMATS`), in place of what the template says.
+        reasoning: "think", "THINK", "channel" or "none", in place of what the template says.
+
+    Raises:
+        ConfigError: no format of that name.
+    """
+    source = "\n".join(templates.values())
+    if tools is None:
+        chosen = format_of(source)
+    else:
+        named = format_named(tools)
+        if named is None:
+            names = ", ".join(entry.name for entry in FORMATS)
+            raise ConfigError(f"tool format {tools!r} is not known; there are {names}")
+        chosen = named
+    tags = _reasoning(source, tokenizer, reasoning)
+    if chosen.name == "harmony":
+        tags = None
+    texts = [*chosen.tokens, *([] if tags is None else [tags.begin, tags.end])]
+    special = {
+        text: token
+        for text in texts
+        if (token := tokenizer.token_to_id(text)) is not None and token in tokenizer.special_ids
+    }
+    return ReplyFormat(chosen, tags, special)
+
+
+def _reasoning(source: str, tokenizer: Tokenizer, name: str | None) -> ReasoningTags | None:
+    if name == "none":
+        return None
+    if name is not None:
+        if name not in REASONING:
+            raise ConfigError(
+                f"reasoning format {name!r} is not known; there are none, {', '.join(REASONING)}"
+            )
+        return REASONING[name]
+    for tags in REASONING.values():
+        # Templates spell a line end in their own ways. Some models reason whose template says
+        # nothing of it; their vocabulary does.
+        begin = tags.begin.rstrip()
+        if begin in source or tags.end in source or tokenizer.token_to_id(begin) is not None:
+            return tags
+    return None

@@ -1,0 +1,100 @@
+"""A reply's text, in any pieces, to its content, reasoning and tool calls."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from relaxlm.engine.replies.reader import NotACall, Reader, Wait
+from relaxlm.engine.replies.sink import NewId, Sink, openai_id
+from relaxlm.engine.replies.types import Delta, ReplyMessage
+
+CallReader = Callable[[Reader, Sink, str], Wait]
+"""Reads the calls behind a mark; raises NotACall before it has passed on anything."""
+
+
+@dataclass(frozen=True)
+class ReasoningTags:
+    """The text in front of a model's chain of thought, and behind it."""
+
+    begin: str
+    end: str
+
+
+class ReplyParser:
+    """Takes a reply's text as it becomes final, and gives what is new in it.
+
+    The deltas of `push` and `finish` together are the message, however the text is cut.
+    """
+
+    def __init__(self, read: Callable[[Reader, Sink], Wait], new_id: NewId | None = None) -> None:
+        self._reader = Reader()
+        self._sink = Sink(new_id or openai_id)
+        self._steps = read(self._reader, self._sink)
+        self._ended = False
+
+    def push(self, text: str) -> list[Delta]:
+        """What `text` adds to the reply. Some of it may be held back until more is known."""
+        if text:
+            self._reader.feed(text)
+            self._run()
+        return self._sink.take()
+
+    def finish(self) -> list[Delta]:
+        """What was held back, because the reply has ended."""
+        self._reader.ended = True
+        self._run()
+        self._sink.finish()
+        return self._sink.take()
+
+    def message(self) -> ReplyMessage:
+        """All that has been passed on; the whole reply after `finish`."""
+        return self._sink.message()
+
+    def _run(self) -> None:
+        if not self._ended:
+            self._ended = next(self._steps, self._steps) is self._steps
+
+
+def read_reply(
+    reader: Reader,
+    sink: Sink,
+    reasoning: ReasoningTags | None,
+    inside: bool,
+    marks: Sequence[str],
+    read_calls: CallReader | None,
+) -> Wait:
+    """Reasoning, if the reply begins with it, then content and calls.
+
+    Args:
+        inside: the prompt has opened the reasoning already.
+        marks: texts that may begin a call; none is the beginning of another.
+    """
+    if reasoning is not None:
+        yield from _read_reasoning(reader, sink, reasoning, inside)
+    while True:
+        reader.forget()
+        before, mark = yield from reader.until(marks)
+        sink.content(before)
+        if mark is None:
+            if not before:
+                return
+            continue
+        start = reader.pos
+        try:
+            assert read_calls is not None
+            yield from read_calls(reader, sink, mark)
+        except NotACall:
+            reader.pos = start
+            sink.content(mark)
+
+
+def _read_reasoning(reader: Reader, sink: Sink, tags: ReasoningTags, inside: bool) -> Wait:
+    # A model may write the tag that its prompt ends with once more.
+    if not (yield from reader.skip_after_space(tags.begin)) and not inside:
+        return
+    mark = None
+    while mark is None:
+        reader.forget()
+        before, mark = yield from reader.until([tags.end])
+        sink.reasoning(before)
+        if mark is None and not before:
+            return

@@ -1,0 +1,134 @@
+"""Calls with marks around them: what may follow each mark.
+
+Every reader is called behind the mark, and raises NotACall before it has passed on anything if no
+call follows. A mark at the end may be missing.
+"""
+
+from collections.abc import Collection, Generator
+
+from relaxlm.engine.replies.json_calls import calls, stream_object
+from relaxlm.engine.replies.reader import NotACall, Reader, Wait
+from relaxlm.engine.replies.sink import Sink
+
+_ID_LENGTH = 9  # of Mistral's calls
+
+
+def bare(reader: Reader, sink: Sink, mark: str, names: Collection[str]) -> Wait:
+    """JSON in the middle of text: an object, objects with ";" between them, a list, or these in a
+    fenced block. Only the functions of the request are called so: another name may as well be
+    that of a thing in an answer.
+    """
+    if mark in "{[":
+        reader.pos -= len(mark)
+    yield from calls(reader, sink, names)
+    if mark.startswith("```"):
+        yield from reader.skip_after_space("```")
+
+
+def python_tag(reader: Reader, sink: Sink) -> Wait:
+    """<|python_tag|>{"name": .., "parameters": ..}; .."""
+    yield from calls(reader, sink)
+
+
+def in_tags(reader: Reader, sink: Sink, end: str) -> Wait:
+    """<tool_call>{"name": .., "arguments": ..}</tool_call>, or a list of such objects."""
+    yield from calls(reader, sink)
+    yield from reader.skip_after_space(end)
+
+
+def mistral(reader: Reader, sink: Sink) -> Wait:
+    """[TOOL_CALLS] [{"name": .., "arguments": ..}, ..], or [TOOL_CALLS]name[ARGS]{..}; newer models
+    write [CALL_ID] and nine characters behind the name.
+    """
+    yield from reader.skip_space()
+    if (yield from reader.peek()) in ("[", "{"):
+        yield from calls(reader, sink)
+        return
+    name = yield from name_before(reader, "[{ \n")
+    call_id = None
+    if (yield from reader.skip_after_space("[CALL_ID]")):
+        yield from reader.skip_space()
+        call_id = yield from name_before(reader, "[{ \n")
+    yield from reader.skip_after_space("[ARGS]")
+    yield from reader.skip_space()
+    if (yield from reader.peek()) != "{":
+        raise NotACall
+    sink.call(name, call_id if call_id and len(call_id) == _ID_LENGTH else None)
+    yield from stream_object(reader, sink)
+
+
+def deepseek(reader: Reader, sink: Sink) -> Wait:
+    """<｜tool▁calls▁begin｜> and calls, each name<｜tool▁sep｜>{..}, or in R1's models
+    function<｜tool▁sep｜>name, a line end and a fenced block of JSON.
+    """
+    yield from _deepseek_call(reader, sink)
+    while True:
+        reader.forget()
+        if (yield from reader.skip_after_space(DEEPSEEK_END)):
+            return
+        try:
+            yield from _deepseek_call(reader, sink)
+        except NotACall:
+            reader.pos = 0
+            return
+
+
+DEEPSEEK_BEGIN = "<｜tool▁calls▁begin｜>"  # noqa: RUF001 (the bar is DeepSeek's)
+DEEPSEEK_CALL = "<｜tool▁call▁begin｜>"  # noqa: RUF001
+DEEPSEEK_SEP = "<｜tool▁sep｜>"  # noqa: RUF001
+DEEPSEEK_CALL_END = "<｜tool▁call▁end｜>"  # noqa: RUF001
+DEEPSEEK_END = "<｜tool▁calls▁end｜>"  # noqa: RUF001
+
+
+def _deepseek_call(reader: Reader, sink: Sink) -> Wait:
+    yield from reader.skip_space()
+    yield from reader.expect(DEEPSEEK_CALL)
+    name = yield from name_before(reader, "<")
+    yield from reader.expect(DEEPSEEK_SEP)
+    fenced = name == "function" and (yield from reader.peek()) != "{"
+    if fenced:
+        name = yield from name_before(reader, "\n")
+        yield from reader.expect("\n```json\n")
+    if (yield from reader.peek()) != "{":
+        raise NotACall
+    sink.call(name)
+    yield from stream_object(reader, sink)
+    if fenced:
+        yield from reader.skip_after_space("```")
+    yield from reader.skip_after_space(DEEPSEEK_CALL_END)
+
+
+def cohere(reader: Reader, sink: Sink) -> Wait:
+    """Action:, and a fenced block with a list of {"tool_name": .., "parameters": ..}."""
+    yield from reader.skip_space()
+    yield from reader.expect("```json")
+    yield from calls(reader, sink)
+    yield from reader.skip_after_space("```")
+
+
+def function_tag(reader: Reader, sink: Sink) -> Wait:
+    """<function=name>{..}</function>."""
+    name = yield from name_before(reader, ">")
+    yield from reader.expect(">")
+    yield from reader.skip_space()
+    if (yield from reader.peek()) != "{":
+        raise NotACall
+    sink.call(name)
+    yield from stream_object(reader, sink)
+    yield from reader.skip_after_space("</function>")
+
+
+def name_before(reader: Reader, ends: str) -> Generator[None, None, str]:
+    """A name up to one of the characters `ends`, which is left where it is.
+
+    Raises:
+        NotACall: no name, or a character that no name has.
+    """
+    start = reader.pos
+    while (char := (yield from reader.peek())) not in ends or not char:
+        if not (char.isalnum() or (char and char in "_-.")):
+            raise NotACall
+        reader.pos += 1
+    if reader.pos == start:
+        raise NotACall
+    return reader.text[start : reader.pos]

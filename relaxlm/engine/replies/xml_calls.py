@@ -1,0 +1,171 @@
+"""Calls whose arguments are written one by one in tags, and not as JSON.
+
+    Qwen3-Coder                            GLM 4.5
+    <tool_call>                            <tool_call>get_weather
+    <function=get_weather>                 <arg_key>city</arg_key>
+    <parameter=city>                       <arg_value>Paris</arg_value>
+    Paris                                  </tool_call>
+    </parameter>
+    </function>
+    </tool_call>
+
+Nothing in the text tells a string from another value: the function's schema does. A value that the
+schema does not know is a string; one that should be none, but is no JSON, is a string too.
+"""
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from relaxlm.engine.replies.reader import NotACall, Reader, Wait
+from relaxlm.engine.replies.sink import Sink
+from relaxlm.engine.replies.tagged_calls import name_before
+from relaxlm.engine.replies.tools import Function
+
+
+@dataclass(frozen=True)
+class ArgumentTags:
+    """key_begin KEY key_end VALUE, one of value_ends; `end` behind the last argument."""
+
+    key_begin: str
+    key_end: str
+    value_ends: tuple[str, ...]
+    end: str
+
+
+QWEN = ArgumentTags("<parameter=", ">", ("\n</parameter>", "</parameter>"), "</function>")
+GLM = ArgumentTags("<arg_key>", "</arg_key>", ("</arg_value>",), "</tool_call>")
+
+
+def qwen_call(reader: Reader, sink: Sink, functions: Sequence[Function]) -> Wait:
+    """Behind "<function="."""
+    name = yield from name_before(reader, ">")
+    yield from reader.expect(">")
+    yield from _arguments(reader, sink, QWEN, name, functions)
+
+
+def glm_call(reader: Reader, sink: Sink, functions: Sequence[Function]) -> Wait:
+    """Behind "<tool_call>"."""
+    yield from reader.skip_space()
+    name = yield from name_before(reader, "< \t\r\n")
+    yield from _arguments(reader, sink, GLM, name, functions)
+
+
+def _arguments(
+    reader: Reader, sink: Sink, tags: ArgumentTags, name: str, functions: Sequence[Function]
+) -> Wait:
+    another = yield from reader.skip_after_space(tags.key_begin)
+    if not another:
+        yield from reader.skip_space()
+        yield from reader.expect(tags.end)
+    sink.call(name)
+    separator = "{"
+    while another:
+        reader.forget()
+        key = ""
+        mark = None
+        while mark is None:
+            before, mark = yield from reader.until([tags.key_end])
+            key += before
+            if mark is None and not before:
+                return  # the reply ends here, and so do the arguments
+        sink.arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
+        separator = ", "
+        if tags is GLM:
+            yield from reader.skip_after_space("<arg_value>")
+        else:
+            yield from reader.skip("\n")
+        if not (yield from _value(reader, sink, tags, value_types(name, key, functions))):
+            return
+        another = yield from reader.skip_after_space(tags.key_begin)
+    sink.arguments("}" if separator == ", " else "{}")
+    yield from reader.skip_after_space(tags.end)
+
+
+def _value(
+    reader: Reader, sink: Sink, tags: ArgumentTags, types: frozenset[str]
+) -> Generator[None, None, bool]:
+    """Pass on a value; False if the reply ends within it."""
+    streamed = types == {"string"}
+    if streamed:
+        sink.arguments('"')
+    parts: list[str] = []
+    while True:
+        before, mark = yield from reader.until(tags.value_ends)
+        if streamed:
+            sink.arguments(json.dumps(before, ensure_ascii=False)[1:-1])
+        else:
+            parts.append(before)
+        if mark is not None:
+            break
+        if not before:
+            if parts and (text := "".join(parts).strip()):
+                sink.arguments(text)
+            return False
+    sink.arguments('"' if streamed else _typed("".join(parts), types))
+    return True
+
+
+def _typed(text: str, types: frozenset[str]) -> str:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return json.dumps(text, ensure_ascii=False)
+    if "string" in types and json_type(value) not in types:
+        return json.dumps(text, ensure_ascii=False)
+    return text.strip()
+
+
+def json_type(value: object) -> str:
+    """The name that JSON schemas have for a value's type; "number" for integers too."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int | float):
+        return "number"
+    return {str: "string", list: "array", dict: "object"}[type(value)]
+
+
+def value_types(name: str, key: str, functions: Sequence[Function]) -> frozenset[str]:
+    """The types that a function's schema gives an argument."""
+    schema = next((f.parameters for f in functions if f.name == name), None)
+    properties = schema.get("properties") if schema is not None else None
+    if schema is None or not isinstance(properties, Mapping) or key not in properties:
+        return frozenset({"string"})
+    found = _types(properties[key], schema, depth=0)
+    return frozenset(found) or frozenset({"string"})
+
+
+_DEEPEST = 16  # of references in references
+
+
+def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
+    if not isinstance(schema, Mapping) or depth > _DEEPEST:
+        return set()
+    given = schema.get("type")
+    if given is not None:
+        names = given if isinstance(given, list) else [given]
+        return {"number" if name == "integer" else str(name) for name in names}
+    if "const" in schema:
+        return {json_type(schema["const"])}
+    if isinstance(schema.get("enum"), list):
+        return {json_type(value) for value in schema["enum"]}
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        return _types(_target(reference, root), root, depth + 1)
+    found: set[str] = set()
+    for key in ("anyOf", "oneOf", "allOf"):
+        parts = schema.get(key)
+        for part in parts if isinstance(parts, list) else ():
+            found |= _types(part, root, depth + 1)
+    return found
+
+
+def _target(reference: str, root: Mapping[str, Any]) -> Any:
+    """What a reference inside of the same schema ("#/$defs/city") points to."""
+    target: Any = root
+    for part in reference.removeprefix("#").split("/")[1:]:
+        target = target.get(part) if isinstance(target, Mapping) else None
+    return target
