@@ -75,21 +75,19 @@ def _bare(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
 
 
 def _tool_call(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
-    """What models write in <tool_call> differs even between releases of one family."""
+    """A model of one release may write what another was trained on: JSON, or Qwen3-Coder's tags."""
     if mark == "<function=":
         yield from _function(reader, sink, tools)
         return
-    start = reader.pos
-    yield from reader.skip_space()
-    following = yield from reader.peek()
-    if following in ("{", "["):
-        yield from tagged_calls.in_tags(reader, sink, "</tool_call>")
-    elif (yield from reader.skip("<function=")):
+    if (yield from reader.skip_after_space("<function=")):
         yield from _function(reader, sink, tools)
         yield from reader.skip_after_space("</tool_call>")
     else:
-        reader.pos = start
-        yield from xml_calls.glm_call(reader, sink, tools.functions)
+        yield from tagged_calls.in_tags(reader, sink, "</tool_call>")
+
+
+def _glm(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
+    return xml_calls.glm_call(reader, sink, tools.functions)
 
 
 def _function(reader: Reader, sink: Sink, tools: ToolRequest) -> Wait:
@@ -223,7 +221,7 @@ FORMATS = (
     ToolFormat(
         "glm",
         ("<tool_call>",),
-        _tool_call,
+        _glm,
         Layout(
             f"<tool_call>{NAME}\n",
             "</tool_call>",

@@ -11,7 +11,7 @@ Wait = Generator[None, None, None]
 """A generator that yields whenever it needs more text."""
 
 
-class NotACall(Exception):  # noqa: N818 (no error: the text goes on as content)
+class NotACall(Exception):
     """What looked like the beginning of a tool call is none."""
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001, RUF002 (the marks of DeepSeek are spelled with a full-width bar)
 """Calls with marks around them: what may follow each mark.
 
 Every reader is called behind the mark, and raises NotACall before it has passed on anything if no
@@ -11,6 +12,12 @@ from relaxlm.engine.replies.reader import NotACall, Reader, Wait
 from relaxlm.engine.replies.sink import Sink
 
 _ID_LENGTH = 9  # of Mistral's calls
+
+DEEPSEEK_BEGIN = "<｜tool▁calls▁begin｜>"
+DEEPSEEK_CALL = "<｜tool▁call▁begin｜>"
+DEEPSEEK_SEP = "<｜tool▁sep｜>"
+DEEPSEEK_CALL_END = "<｜tool▁call▁end｜>"
+DEEPSEEK_END = "<｜tool▁calls▁end｜>"
 
 
 def bare(reader: Reader, sink: Sink, mark: str, names: Collection[str]) -> Wait:
@@ -71,13 +78,6 @@ def deepseek(reader: Reader, sink: Sink) -> Wait:
         except NotACall:
             reader.pos = 0
             return
-
-
-DEEPSEEK_BEGIN = "<｜tool▁calls▁begin｜>"  # noqa: RUF001 (the bar is DeepSeek's)
-DEEPSEEK_CALL = "<｜tool▁call▁begin｜>"  # noqa: RUF001
-DEEPSEEK_SEP = "<｜tool▁sep｜>"  # noqa: RUF001
-DEEPSEEK_CALL_END = "<｜tool▁call▁end｜>"  # noqa: RUF001
-DEEPSEEK_END = "<｜tool▁calls▁end｜>"  # noqa: RUF001
 
 
 def _deepseek_call(reader: Reader, sink: Sink) -> Wait:

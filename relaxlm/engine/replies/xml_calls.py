@@ -18,7 +18,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relaxlm.engine.replies.reader import NotACall, Reader, Wait
+from relaxlm.engine.replies.reader import Reader, Wait
 from relaxlm.engine.replies.sink import Sink
 from relaxlm.engine.replies.tagged_calls import name_before
 from relaxlm.engine.replies.tools import Function
@@ -125,7 +125,9 @@ def json_type(value: object) -> str:
         return "boolean"
     if isinstance(value, int | float):
         return "number"
-    return {str: "string", list: "array", dict: "object"}[type(value)]
+    if isinstance(value, str):
+        return "string"
+    return "array" if isinstance(value, list) else "object"
 
 
 def value_types(name: str, key: str, functions: Sequence[Function]) -> frozenset[str]:
