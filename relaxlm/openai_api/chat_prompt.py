@@ -26,6 +26,7 @@ from relaxlm.openai_api.chat_request import (
 )
 from relaxlm.openai_api.context import ServiceContext
 from relaxlm.openai_api.errors import ApiError, api_error
+from relaxlm.openai_api.fields import RequestModel
 from relaxlm.openai_api.requests import TokenizeRequest
 
 # Names that the prompt's writer sets itself.
@@ -93,8 +94,8 @@ def grammar_spec(wanted: ResponseFormat | None) -> GrammarSpec | None:
 
 
 def _tools(asked: ChatCompletionRequest) -> ToolRequest | None:
-    choice = asked.tool_choice
-    if choice is not None and not isinstance(choice, str):
+    choice: Any = asked.tool_choice
+    if isinstance(choice, RequestModel):
         choice = choice.model_dump(mode="json")
     try:
         return tool_request(dumped_tools(asked.tools), choice, asked.parallel_tool_calls)
@@ -201,9 +202,7 @@ def _with_objects(message: dict[str, Any], index: int) -> dict[str, Any]:
         try:
             arguments = json.loads(call["function"]["arguments"] or "{}")
         except ValueError:
-            raise ApiError(
-                f"{where} is no JSON: expected the text of an object", param=where
-            ) from (None)
+            arguments = None
         if not isinstance(arguments, dict):
             raise ApiError(f"{where}: expected the JSON text of an object", param=where)
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})

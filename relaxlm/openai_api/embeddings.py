@@ -44,7 +44,7 @@ async def _vectors(context: ServiceContext, prompts: list[TextPrompt]) -> list[n
     loop = asyncio.get_running_loop()
     result: asyncio.Future[list[np.ndarray]] = loop.create_future()
 
-    def tell(vectors: list[np.ndarray] | RelaxLMError) -> None:
+    def arrive(vectors: list[np.ndarray] | RelaxLMError) -> None:
         if result.done():  # the client has gone
             return
         if isinstance(vectors, RelaxLMError):
@@ -52,10 +52,10 @@ async def _vectors(context: ServiceContext, prompts: list[TextPrompt]) -> list[n
         else:
             result.set_result(vectors)
 
-    context.engine.embed(
-        [prompt.ids for prompt in prompts],
-        lambda vectors: loop.call_soon_threadsafe(tell, vectors) and None,
-    )
+    def deliver(vectors: list[np.ndarray] | RelaxLMError) -> None:
+        loop.call_soon_threadsafe(arrive, vectors)
+
+    context.engine.embed([prompt.ids for prompt in prompts], deliver)
     return await result
 
 
