@@ -291,6 +291,7 @@ def _add_prompt_logprobs(branch: Branch, part: Part, logits: np.ndarray) -> None
     """Log probabilities of the tokens behind the part's, as far as the prompt goes."""
     job = branch.job
     prompt, found, top = job.request.prompt, job.prompt_logprobs, job.request.config.top_logprobs
+    logits = logits[:, : branch.state.vocab_size]  # behind it is padding
     for position, row in enumerate(logits, branch.computed):
         following = position + 1
         # After a preemption the beginning comes again.
