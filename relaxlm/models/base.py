@@ -125,9 +125,13 @@ class CausalLM(nn.Module):
         return self._logits(self.model.norm(take_rows(x, logit_positions)))
 
     def hidden_states(self, input_ids: Tensor, positions: Tensor, cache: CacheHandle) -> tuple:
-        """The residual stream before the first layer and after each: float32 [n, hidden] each."""
+        """The residual stream before the first layer and after each, and the final norm of it.
+
+        Float32 [n, hidden] each.
+        """
         x = self.embed(input_ids)
         states = [x, *self._layers(x, positions, cache)]
+        states.append(self.model.norm(states[-1]))
         return tuple(op.astype(state, "float32") for state in states)
 
     def embed(self, input_ids: Tensor) -> Tensor:

@@ -115,7 +115,9 @@ class Executor:
         return tvm_runtime.download(logits)
 
     def hidden_states(self, tables: BatchTables, input_ids: np.ndarray) -> list[np.ndarray]:
-        """The residual stream [n, hidden] float32 before the first layer and after each."""
+        """The residual stream [n, hidden] float32 before the first layer and after each, and the
+        final norm's output.
+        """
         self._check(input_ids, len(tables.kv_lengths), 0)
         states = self._hidden(*self._inputs((input_ids, *tables)), self._kv, self._params)
         return [tvm_runtime.download(state) for state in states]

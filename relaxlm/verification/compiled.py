@@ -42,7 +42,8 @@ class CompiledModel:
         chunk = self.limits.prefill_chunk_size
         steps = [min(chunk, n - start) for start in range(0, n, chunk)]
         parts = self._in_steps(tokens, steps, self._executor.hidden_states)
-        return np.concatenate(logits), [np.concatenate(layer) for layer in zip(*parts, strict=True)]
+        *states, _ = (np.concatenate(layer) for layer in zip(*parts, strict=True))
+        return np.concatenate(logits), states
 
     def _logits(self, tables, ids: np.ndarray) -> np.ndarray:
         return self._executor.forward(tables, ids, np.arange(len(ids), dtype=np.int32))

@@ -125,15 +125,16 @@ def test_embed_gives_rows_of_the_embedding(tiny, loaded):
     assert rows.dtype == np.float32
 
 
-def test_hidden_states_start_with_the_embedding_and_end_before_the_head(tiny, loaded):
+def test_hidden_states_start_with_the_embedding_and_end_with_the_final_norm(tiny, loaded):
     generator, sequences = loaded
     seq, ids = sequences.add(), IDS[:9].astype(np.int32)
     states = generator.executor.hidden_states(sequences.batch([(seq, 9)]), ids)
     sequences.free(seq)
-    assert [state.shape for state in states] == [(9, 64)] * 3
+    assert [state.shape for state in states] == [(9, 64)] * 4
     np.testing.assert_array_equal(states[0], tiny.weights["model.embed_tokens.weight"][ids])
-    normed = states[-1] / np.sqrt((states[-1] ** 2).mean(-1, keepdims=True) + 1e-5)
+    normed = states[-2] / np.sqrt((states[-2] ** 2).mean(-1, keepdims=True) + 1e-5)
     normed *= tiny.weights["model.norm.weight"]
+    np.testing.assert_allclose(states[-1], normed, rtol=1e-5, atol=1e-5)
     logits = normed @ tiny.weights["lm_head.weight"].T
     expected = llama_logits(tiny.weights, CONFIG, ids)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
