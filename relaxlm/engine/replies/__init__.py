@@ -5,6 +5,9 @@
     inside = fmt.starts_in_reasoning(prompt_text)
     shown = fmt.shown_special(request)                  for GenerationRequest.shown_special
 
+    grammar = fmt.grammar(request, inside)              GrammarSpec, None if the model is free
+    grammar = fmt.after_reasoning(spec, inside)         a response_format's, with room to reason
+
     parser = fmt.parser(request, inside)                once per reply
     for text in ...: deltas = parser.push(text)         each Delta is a piece of one part
     deltas = parser.finish()

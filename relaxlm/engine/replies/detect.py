@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from relaxlm.engine.grammar import GrammarSpec
 from relaxlm.engine.replies.formats import FORMATS, ToolFormat, format_named, format_of
+from relaxlm.engine.replies.grammar import ReplyGrammar
 from relaxlm.engine.replies.harmony import TOKENS as HARMONY_TOKENS
 from relaxlm.engine.replies.harmony import read_harmony
 from relaxlm.engine.replies.parser import ReasoningTags, ReplyParser, read_reply
@@ -53,6 +55,30 @@ class ReplyFormat:
         if self.reasoning is not None:
             needed.update((self.reasoning.begin, self.reasoning.end))
         return frozenset(i for text, i in self.special.items() if text in needed)
+
+    def grammar(
+        self, request: ToolRequest | None, starts_in_reasoning: bool = False
+    ) -> GrammarSpec | None:
+        """What the reply must match to do what the request says about tools: a call where one is
+        required, only functions that may be called, at most one call without `parallel`, and the
+        schemas of strict functions. None if the model is free.
+
+        Raises:
+            RequestError: a strict function whose schema the format cannot keep to.
+        """
+        if request is None:
+            return None
+        return self._grammar.calls(request, starts_in_reasoning)
+
+    def after_reasoning(self, spec: GrammarSpec, starts_in_reasoning: bool = False) -> GrammarSpec:
+        """A grammar for an answer, such as a `response_format`, made one for the reply: a model
+        that reasons may do so first. Kind "lark" stays as it is.
+        """
+        return self._grammar.after_reasoning(spec, starts_in_reasoning)
+
+    @property
+    def _grammar(self) -> ReplyGrammar:
+        return ReplyGrammar(self.tools, self.reasoning, self.special)
 
     def starts_in_reasoning(self, prompt: str) -> bool:
         """Whether a prompt (its text, from PromptBuilder.text) ends inside of the reasoning."""

@@ -21,13 +21,17 @@ from relaxlm.engine.replies.tools import ToolRequest
 
 ReadCalls = Callable[[Reader, Sink, str, ToolRequest], Wait]
 
-NAME = "{name}"
+# Marks behind which there is a call only if JSON says so.
+BARE_MARKS = ("```json", "{", "[")
+# What stands in a layout for the function's name, for nine letters and digits, and for a space that
+# some vocabularies put there.
+NAME, ID, SPACE = "{name}", "{id}", "{space}"
 
 
 @dataclass(frozen=True)
 class Layout:
     """How calls are written: `begin`, calls of `before` ARGUMENTS `after` with `between` between
-    them, `end`. NAME in `before` stands for the function's name, ID for nine letters and digits.
+    them, `end`.
 
     Attributes:
         trigger: the text behind which a free text becomes a call; the beginning of `begin` and
@@ -129,8 +133,6 @@ _DEEPSEEK_TOKENS = (
     DEEPSEEK_CALL_END,
     DEEPSEEK_END,
 )
-ID = "{id}"
-
 # In the order in which they are looked for.
 FORMATS = (
     ToolFormat(
@@ -140,7 +142,6 @@ FORMATS = (
         Layout(
             f"{harmony.CHANNEL}commentary to=functions.{NAME} {harmony.CONSTRAIN}json"
             f"{harmony.MESSAGE}",
-            harmony.CALL,
             trigger=harmony.CHANNEL,
             several=False,
         ),
@@ -199,7 +200,7 @@ FORMATS = (
         "mistral",
         ("[TOOL_CALLS]",),
         _mistral,
-        Layout(_ARGUMENTS, "}", "[TOOL_CALLS] [", ", ", "]", "[TOOL_CALLS]"),
+        Layout(_ARGUMENTS, "}", f"[TOOL_CALLS]{SPACE}[", ", ", "]", "[TOOL_CALLS]"),
         ("[TOOL_CALLS]",),
         ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
         short_ids=True,
@@ -263,13 +264,13 @@ FORMATS = (
             "Action:\n```json\n[\n",
             ",\n",
             "\n]```",
-            "Action:\n```json",
+            "Action:",
         ),
         ("Action:", "tool_name"),
     ),
     ToolFormat(
         "llama3",
-        ("<|python_tag|>", "{", "["),
+        ("<|python_tag|>", *BARE_MARKS),
         _bare,
         Layout(_PARAMETERS, "}", between="; "),
         ("ipython", '"parameters": '),
@@ -277,7 +278,7 @@ FORMATS = (
     ),
     ToolFormat(
         "json",
-        ("```json", "{", "["),
+        BARE_MARKS,
         _bare,
         Layout(_ARGUMENTS, "}", between=", ", begin="[", end="]"),
         (),

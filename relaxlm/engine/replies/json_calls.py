@@ -15,7 +15,7 @@ from relaxlm.engine.replies.sink import Sink
 NAME_KEYS = ("name", "tool_name")
 ARGUMENTS_KEYS = ("arguments", "parameters")
 # What models write beside these two in an object that is a call even without any mark around it.
-_KNOWN_KEYS = frozenset({*NAME_KEYS, *ARGUMENTS_KEYS, "type", "id", "function"})
+KNOWN_KEYS = frozenset({*NAME_KEYS, *ARGUMENTS_KEYS, "type", "id", "function"})
 
 
 @dataclass
@@ -108,7 +108,7 @@ def _members(
 def _member(
     reader: Reader, sink: Sink, found: _Found, names: Collection[str] | None, key: str
 ) -> Wait:
-    if names is not None and key not in _KNOWN_KEYS:
+    if names is not None and key not in KNOWN_KEYS:
         raise NotACall
     if found.begun:
         yield from json_value(reader)
