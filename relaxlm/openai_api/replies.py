@@ -181,7 +181,7 @@ class ChatCompletionChunk(ReplyModel):
     system_fingerprint: str
     service_tier: Literal["default"] | None = None
 
-    left_out = ("usage", "service_tier")
+    left_out = ("service_tier",)
 
 
 # Completions
@@ -219,8 +219,6 @@ class Completion(ReplyModel):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     system_fingerprint: str
-
-    left_out = ("usage",)
 
 
 # Embeddings, models, tokens

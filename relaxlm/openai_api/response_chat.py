@@ -22,7 +22,6 @@ _SAME = (
     "temperature",
     "top_p",
     "top_logprobs",
-    "parallel_tool_calls",
     "user",
     "metadata",
     "safety_identifier",
@@ -48,12 +47,14 @@ def as_chat(request: ResponseRequest) -> ChatCompletionRequest:
         data["reasoning_effort"] = request.reasoning.effort
     if request.text is not None:
         data |= _text(request.text)
-    if request.tools is not None:
+    if request.tools:
         data["tools"] = [
             {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
             for tool in request.tools
         ]
-    if request.tool_choice is not None:
+        data |= request.given("parallel_tool_calls")
+    # Without tools, "auto" means none.
+    if request.tool_choice is not None and (request.tools or request.tool_choice != "auto"):
         data["tool_choice"] = _choice(request.tool_choice)
     return ChatCompletionRequest.parse(data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +13,7 @@ from relaxlm.openai_api.completions import complete
 from relaxlm.openai_api.context import ServiceContext
 from relaxlm.openai_api.embeddings import embed
 from relaxlm.openai_api.errors import ApiError, api_error
+from relaxlm.openai_api.fields import RequestModel
 from relaxlm.openai_api.replies import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -69,23 +71,23 @@ class ApiService:
     async def chat(
         self, request: ChatCompletionRequest
     ) -> ChatCompletion | ReplyStream[ChatCompletionChunk]:
-        return await _told(chat(self.context, request), "messages")
+        return await _told(request, "messages", chat(self.context, request))
 
     async def complete(self, request: CompletionRequest) -> Completion | ReplyStream[Completion]:
-        return await _told(complete(self.context, request), "prompt")
+        return await _told(request, "prompt", complete(self.context, request))
 
     async def respond(self, request: ResponseRequest) -> Response | ReplyStream[ResponseEvent]:
-        return await _told(respond(self.context, request), "input")
+        return await _told(request, "input", respond(self.context, request))
 
     async def embed(self, request: EmbeddingRequest) -> CreateEmbeddingResponse:
-        return await _told(embed(self.context, request), "input")
+        return await _told(request, "input", embed(self.context, request))
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         param = "prompt" if request.messages is None else "messages"
-        return await _told(tokenize(self.context, request), param)
+        return await _told(request, param, tokenize(self.context, request))
 
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
-        return await _told(detokenize(self.context, request), "tokens")
+        return await _told(request, "tokens", detokenize(self.context, request))
 
     def models(self) -> ModelList:
         return ModelList(data=[self._model()])
@@ -113,9 +115,15 @@ class ApiService:
         )
 
 
-async def _told(answer: Awaitable[Result], param: str) -> Result:
-    """The answer; whatever goes wrong becomes an `ApiError`, about `param` if nothing else."""
+async def _told(request: RequestModel, param: str, answer: Awaitable[Result]) -> Result:
+    """The answer; whatever goes wrong becomes an `ApiError`.
+
+    Its `param` is the field of the request with which the message begins, or else `param`.
+    """
     try:
         return await answer
     except Exception as error:
+        name = re.match("[a-z_]*", str(error))
+        if name and name.group() in type(request).model_fields:
+            param = name.group()
         raise api_error(error, param) from error

@@ -32,11 +32,13 @@ class ReplyStream(Generic[Chunk]):
                 ends the stream.
         """
         self._chunks, self._cancel, self._named = chunks, cancel, named_events
+        self._reading = False
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
 
     async def __anext__(self) -> Chunk:
+        self._reading = True
         try:
             return await self._chunks.__anext__()
         except StopAsyncIteration:
@@ -46,10 +48,14 @@ class ReplyStream(Generic[Chunk]):
             if isinstance(error, Exception):
                 raise api_error(error) from error
             raise
+        finally:
+            self._reading = False
 
     async def aclose(self) -> None:
+        """End the request. Another task that waits for a chunk finds the stream at its end."""
         self._cancel()
-        await self._chunks.aclose()
+        if not self._reading:
+            await self._chunks.aclose()
 
     async def __aenter__(self) -> ReplyStream[Chunk]:
         return self

@@ -96,15 +96,18 @@ class Submission:
             raise
 
     async def news(self) -> list[News]:
-        """What has happened since the last call, at least one piece; [] when all is over.
+        """What has happened since the last call, at least one piece; [] when all is over, or given
+        up by `cancel`.
 
         Raises:
             RelaxLMError: one request failed, or the engine has ended; the others are cancelled.
         """
-        if len(self._finished) == self._total:
+        if self._cancelled or len(self._finished) == self._total:
             return []
         await self._arrived.wait()
         self._arrived.clear()
+        if self._cancelled:
+            return []
         with self._lock:
             pending, self._pending, self._told = self._pending, {}, False
         found = [pending[slot] for slot in sorted(pending)]
