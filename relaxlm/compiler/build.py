@@ -17,7 +17,7 @@ from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.attention import PAGE_SIZE
 from relaxlm.compiler.kernels.cpu_attention import attend_workspace_bytes
 from relaxlm.compiler.link import export_library
-from relaxlm.compiler.options import CompileOptions, check_act_quant
+from relaxlm.compiler.options import CompileOptions, check_opt
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
 from relaxlm.compiler.pipeline import (
     Lowering,
@@ -147,11 +147,19 @@ def _lower(
     debug_dump: Path | None,
 ) -> tuple[tvm.IRModule, LibraryMetadata]:
     """Run every pass; the module is ready for code generation but for `_metadata`."""
-    check_act_quant(options, scheme, device)
+    check_opt(options, scheme, device)
     model = models.create(config, compute_dtype(device.kind, scheme))
     module, _ = model.export_tvm(spec=model.export_spec())
     specs = model.parameter_specs()
-    lowering = Lowering(config, specs, scheme, options.kv_format, device.kind, options.act_quant)
+    lowering = Lowering(
+        config,
+        specs,
+        scheme,
+        options.kv_format,
+        device.kind,
+        options.act_quant,
+        options.batch_invariant,
+    )
     bounds = _bounds(options)
     instruments = []
     if debug_dump is not None:
@@ -290,6 +298,7 @@ def _attention_workspace(config: DecoderConfig, options: CompileOptions) -> int:
     What the other kernels take is less than a megabyte per thread.
     """
     shape, threads = cache_shape(config), usable_cores()
+    pages = -(-options.context_window_size // PAGE_SIZE) if options.batch_invariant else None
     return attend_workspace_bytes(
         shape,
         options.kv_format,
@@ -297,6 +306,7 @@ def _attention_workspace(config: DecoderConfig, options: CompileOptions) -> int:
         threads,
         options.act_quant,
         tvm.target.Target.current(),
+        pages,
     )
 
 

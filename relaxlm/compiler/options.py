@@ -28,6 +28,8 @@ DEFAULT_MAX_BATCH = 16
 # two of them in one process get in each other's way.
 OPT_LEVELS = ("O1", "O2", "O3")
 DEFAULT_OPT = "O2"
+# Of `--opt`, as metadata has it: the runtime looks for it.
+BATCH_INVARIANT = "batch_invariant=1"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class CompileOptions:
         return "act_quant=1" in self.opt.split(";")
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether a token's logits may not depend on how it was computed, bit by bit.
+
+        On neither what else was in the step, nor the steps that its prompt was cut into.
+        """
+        return BATCH_INVARIANT in self.opt.split(";")
+
+    @property
     def tuning(self) -> Tuning:
         """Parameters of CPU kernels."""
         pairs = (part.partition("=") for part in self.opt.split(";"))
@@ -75,7 +85,8 @@ class CompileOptions:
         Args:
             chat: mlc-chat-config.json, whose limits count unless they are -1 or null.
             overrides: "context_window_size=4096;kv_cache_dtype=fp8".
-            opt: "O2", "act_quant=1" or "O2;act_quant=1"; act_quant is 0 if it is not named.
+            opt: "O2", "act_quant=1" or "O2;act_quant=1;batch_invariant=1"; both are 0 if they
+                are not named.
 
         Raises:
             ConfigError: an unknown key, a malformed value, or limits that contradict each other.
@@ -122,22 +133,26 @@ def parse_opt(text: str) -> str:
     Raises:
         ConfigError: names the part that is wrong and what there is.
     """
-    level, act_quant, tuned = DEFAULT_OPT, False, dict[str, int]()
+    level, act_quant, invariant, tuned = DEFAULT_OPT, False, False, dict[str, int]()
     for part in filter(None, (part.strip() for part in text.split(";"))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key in OPT_LEVELS and not equals:
             level = key
         elif key == "act_quant" and value in ("0", "1"):
             act_quant = value == "1"
+        elif key == "batch_invariant" and value in ("0", "1"):
+            invariant = value == "1"
         elif key in tuning.NAMES and value.isdecimal():
             tuned[key] = int(value)
         else:
             raise ConfigError(
                 f"--opt {text}: {part!r} is not understood, expected one of "
-                f"{', '.join(OPT_LEVELS)}, act_quant=0 or act_quant=1, or a number for "
-                f"{' or '.join(tuning.NAMES)}, several separated by ';'"
+                f"{', '.join(OPT_LEVELS)}, act_quant=0 or act_quant=1, batch_invariant=0 or "
+                f"batch_invariant=1, or a number for {' or '.join(tuning.NAMES)}, several "
+                "separated by ';'"
             )
-    parts = (level, "act_quant=1" if act_quant else "", str(Tuning(**tuned)))
+    flags = ("act_quant=1" if act_quant else "", BATCH_INVARIANT if invariant else "")
+    parts = (level, *flags, str(Tuning(**tuned)))
     return ";".join(filter(None, parts))
 
 
@@ -167,12 +182,17 @@ def with_saved_tuning(opt: str | None, device: DeviceTarget) -> str | None:
     return ";".join(parts)
 
 
-def check_act_quant(options: CompileOptions, scheme: Scheme, device: DeviceTarget) -> None:
-    """Refuse act_quant=1 where nothing would come of it.
+def check_opt(options: CompileOptions, scheme: Scheme, device: DeviceTarget) -> None:
+    """Refuse act_quant=1 and batch_invariant=1 where nothing would come of them.
 
     Raises:
-        ConfigError: the device or the preset has no kernels with rounded activations.
+        ConfigError: the device or the preset has no such kernels.
     """
+    if options.batch_invariant and device.kind != "cpu":
+        raise ConfigError(
+            f"--opt {BATCH_INVARIANT} is for device 'cpu', not '{device.kind}', whose kernels add "
+            "up in an order that depends on the step. Leave it out, or compile for the CPU"
+        )
     reason = why_not_rounded(scheme, device) if options.act_quant else None
     if reason:
         raise ConfigError(f"--opt act_quant=1 {reason}. Use act_quant=0")

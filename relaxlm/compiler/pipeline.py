@@ -36,7 +36,7 @@ ATTENTION = {
 class Lowering:
     """What the passes need to know besides the IR.
 
-    `kind` is that of the target; `act_quant` as in `CompileOptions`.
+    `kind` is that of the target; `act_quant` and `batch_invariant` as in `CompileOptions`.
     """
 
     config: DecoderConfig
@@ -45,6 +45,7 @@ class Lowering:
     kv_format: KVFormat
     kind: str
     act_quant: bool = False
+    batch_invariant: bool = False
 
     def page_tensors(self) -> tuple[PageTensor, ...]:
         """The cache tensors of each layer."""
@@ -60,8 +61,13 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
     """From a model's float IR to loop nests, one function per group of operators."""
     dtype = compute_dtype(lowering.kind, lowering.scheme)
     kernels = ATTENTION[lowering.kind]
-    if lowering.act_quant:
-        kernels = replace(kernels, attend=partial(cpu_attention.attend_kernel, rounded=True))
+    if lowering.kind == "cpu":
+        attend = partial(
+            cpu_attention.attend_kernel,
+            rounded=lowering.act_quant,
+            invariant=lowering.batch_invariant,
+        )
+        kernels = replace(kernels, attend=attend)
     return [
         # Nothing is computed that nobody reads.
         TakeRowsEarly(),
@@ -73,7 +79,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         LowerEmbedding(),
         *(
             [
-                LowerMatmulCPU(lowering.act_quant),
+                LowerMatmulCPU(lowering.act_quant, lowering.batch_invariant),
                 FuseElementwiseCPU(lowering.config, lowering.kv_format),
             ]
             if lowering.kind == "cpu"

@@ -78,15 +78,19 @@ def test_optimisation_options_have_one_spelling() -> None:
     assert (options.opt, options.opt_level, options.act_quant) == ("O2;act_quant=1", 2, True)
     options = resolve(opt="O3;act_quant=0")
     assert (options.opt, options.opt_level, options.act_quant) == ("O3", 3, False)
+    options = resolve(opt="batch_invariant=1;task_rows=256;act_quant=1;O1")
+    assert options.opt == "O1;act_quant=1;batch_invariant=1;task_rows=256"
+    assert options.batch_invariant and not resolve(opt="batch_invariant=0").batch_invariant
 
 
-@pytest.mark.parametrize("part", ["O7", "act_quant=2", "act_quant", "O2=1"])
+@pytest.mark.parametrize("part", ["O7", "act_quant=2", "act_quant", "batch_invariant", "O2=1"])
 def test_unknown_optimisation_options_are_refused(part: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(opt=f"O1;{part}")
     assert str(error.value) == (
         f"--opt O1;{part}: {part!r} is not understood, expected one of O1, O2, O3, "
-        "act_quant=0 or act_quant=1, or a number for ahead or task_rows, several separated by ';'"
+        "act_quant=0 or act_quant=1, batch_invariant=0 or batch_invariant=1, or a number for ahead "
+        "or task_rows, several separated by ';'"
     )
 
 

@@ -9,6 +9,9 @@ A task is one KV head of one sequence against
 so that keys and values are read once for all query heads that share them, and long contexts keep
 all threads busy. The thread that finishes the last part of a context merges the parts. Threads take
 tasks from a queue, the last rows of a prompt first: they see most.
+
+Where a row's result must not depend on the other rows of a step (`invariant`), one row is treated
+as a few are, and parts have fixed places: see `cpu_attention_parts.py`.
 """
 
 import functools
@@ -66,11 +69,13 @@ class Plan:
         rows: "exact" or "pairs" or "tiles", see `cpu_attention_products.py`.
         block: rows of a block of sums in registers.
         wide: vectors of each of them.
+        invariant: whether what a row finds depends on nothing but its position, bit by bit.
     """
 
     rows: str
     block: int
     wide: int
+    invariant: bool = False
 
     def products(self, shape: AttentionShape) -> Products:
         if self.rows == "tiles":
@@ -87,7 +92,9 @@ class Plan:
         return block * max(1, TASK_ROWS // (block * share))
 
 
-def plan(shape: AttentionShape, rounded: bool, target: tvm.target.Target | None) -> Plan:
+def plan(
+    shape: AttentionShape, rounded: bool, target: tvm.target.Target | None, invariant: bool = False
+) -> Plan:
     """The plan for a target: what `rounded` allows, if the CPU and the shape do."""
     target = target or tvm.target.Target({"kind": "llvm"})
     unit = vector_unit(target)
@@ -99,11 +106,15 @@ def plan(shape: AttentionShape, rounded: bool, target: tvm.target.Target | None)
             rows = "tiles"
         elif tvm.target.codegen.target_has_features("avx512bf16", target):
             rows = "pairs"
-    return Plan(rows, block, wide)
+    return Plan(rows, block, wide, invariant)
 
 
 def attend_kernel(
-    shape: AttentionShape, format: KVFormat, dtype: str, rounded: bool = False
+    shape: AttentionShape,
+    format: KVFormat,
+    dtype: str,
+    rounded: bool = False,
+    invariant: bool = False,
 ) -> tirx.PrimFunc:
     """Attention of n query rows over the pages of their sequences, with an online softmax.
 
@@ -114,11 +125,12 @@ def attend_kernel(
         dtype: of q and the result.
         rounded: whether sequences with several new rows may round q, keys, values and weights to
             bfloat16, on CPUs that multiply such numbers faster. Sums stay float32. Sequences with
-            one new row are always exact.
+            one new row are exact, unless `invariant`.
+        invariant: whether a row's result is the same, bit by bit, whatever else is in the step and
+            in whichever steps its context was computed.
     """
-    return _attend_kernel(
-        shape, format, dtype, plan(shape, rounded, tvm.target.Target.current(allow_none=True))
-    )
+    target = tvm.target.Target.current(allow_none=True)
+    return _attend_kernel(shape, format, dtype, plan(shape, rounded, target, invariant))
 
 
 def attend_workspace_bytes(
@@ -128,22 +140,25 @@ def attend_workspace_bytes(
     threads: int,
     rounded: bool = False,
     target: tvm.target.Target | None = None,
+    invariant_pages: int | None = None,
 ) -> int:
     """The most memory that a call of the kernel takes from TVM's pools, in bytes.
 
     Args:
         batch: sequences in a step, at most.
         threads: TVM's; each has a pool of its own, which keeps what it once took.
+        invariant_pages: of a sequence, at most, if the kernel is to be invariant.
     """
-    plans = plan(shape, rounded, target)
+    plans = plan(shape, rounded, target, invariant_pages is not None)
     share = shape.q_heads // shape.kv_heads
     rows = _rows(plans, shape, format)
     products, direct = plans.products(shape), plans.direct(shape, format)
-    task = Sums.bytes(rows, shape.head_dim, shape.page_size)
+    task = Sums.bytes(rows, shape.head_dim, shape.page_size) * (2 if plans.invariant else 1)
     task += max(products.scratch_bytes(rows), direct.scratch_bytes())
     task += 4 * (plans.tokens(shape) + share)
     step = 4 * (batch + 1) * 3 + 4 * batch * shape.kv_heads
-    return threads * task + step + Parts.bytes(shape, batch, min(FEW, plans.tokens(shape)))
+    few = min(FEW, plans.tokens(shape))
+    return threads * task + step + Parts.bytes(shape, batch, few, invariant_pages)
 
 
 def _rows(plan: Plan, shape: AttentionShape, format: KVFormat) -> int:
@@ -175,11 +190,13 @@ def _attend_kernel(
 
     def heads_of(tables: Tables, sequence: Expr) -> Expr:
         """KV heads that a task takes: those of a short context are for several threads."""
+        if plan.invariant:
+            return T.int32(1)
         long = T.And(tables.rows(sequence) == 1, tables.pages(sequence) >= LONG)
         return T.if_then_else(long, direct.together, 1)
 
     def body() -> None:
-        tables = Tables.declare(shape, format, dtype)
+        tables = Tables.declare(shape, format, dtype, by_position=plan.invariant)
         batch = tables.batch
         # Of the sequences before each: tasks, and rows of parts. The last entry counts all.
         before, slots = scratch(batch + 1, "int32"), scratch(batch + 1, "int32")
@@ -222,6 +239,7 @@ def _attend_kernel(
     def run_task(tables: Tables, parts: Parts, sequence, head, index) -> None:
         """Task `index` of a sequence and KV head."""
         kept = Sums.declare(kept_rows, dim, page)
+        whole = Sums.declare(kept_rows, dim, page) if plan.invariant else None
         queries = scratch(tokens, "int32")
         pages = Round(tables, format, head, scratch(2 * PAGES, "int32"), scratch(PAGES, "int32"))
         # First row, rows, first page, the page after the last one.
@@ -243,7 +261,7 @@ def _attend_kernel(
             with T.Then():
                 T.buffer_store(plan_, start, [0])
                 T.buffer_store(plan_, rows, [1])
-                each = pages_per_part(tables.pages(sequence), parts_of(tables, sequence))
+                each = pages_per_part(tables, sequence)
                 T.buffer_store(plan_, index * each, [2])
                 T.buffer_store(plan_, index * each + each, [3])
             with T.Else():
@@ -255,36 +273,43 @@ def _attend_kernel(
             T.buffer_store(queries, tables.positions[first + t], [t])
         seen = tables.pages_seen(sequence, queries[count - 1])
         T.buffer_store(plan_, T.min(end, seen), [3])
-        with T.If(rows == 1):
-            with T.Then():
-                beside = heads_of(tables, sequence)
-                attend_one(direct, pages, kept, queries, element, sequence, begin, end, beside)
-            with T.Else():
-                attend_rows(
-                    products, pages, kept, queries, element, sequence, begin, end, count, share
-                )
+
+        def many() -> None:
+            span_ = (begin, end, count, share)
+            attend_rows(products, pages, kept, queries, element, sequence, *span_, whole)
+
+        if plan.invariant:
+            many()
+        else:
+            with T.If(rows == 1):
+                with T.Then():
+                    beside = heads_of(tables, sequence)
+                    attend_one(direct, pages, kept, queries, element, sequence, begin, end, beside)
+                with T.Else():
+                    many()
+        found = whole or kept
 
         def store(row: Expr, r: Expr, kv_head: Expr) -> None:
-            """Row `row` of `kept`, which is row `r` of a KV head."""
-            total = reduce_sum(kept.total.vload([row * page], vector("float32", page)), page)
+            """Row `row` of `found`, which is row `r` of a KV head."""
+            total = reduce_sum(found.total.vload([row * page], vector("float32", page)), page)
             factor = scratch(1, "float32")
             T.buffer_store(factor, T.float32(1) / total, [0])
             place = [first + r // share, kv_head * share + r % share]
-            with T.serial(dim // kept.lanes) as i:
-                value = get(kept.sums, row * dim + i * kept.lanes, kept.lanes)
-                value = value * splat(factor[0], kept.lanes)
-                value = T.cast(value, vector(dtype, kept.lanes))
-                T.buffer_store(tables.out, value, [*place, span(i * kept.lanes, kept.lanes)])
+            lanes = found.lanes
+            with T.serial(dim // lanes) as i:
+                value = get(found.sums, row * dim + i * lanes, lanes) * splat(factor[0], lanes)
+                value = T.cast(value, vector(dtype, lanes))
+                T.buffer_store(tables.out, value, [*place, span(i * lanes, lanes)])
 
         each = direct.passes * direct.rows
         with T.serial(heads_of(tables, sequence)) as beside:
             kv_head = head + beside
             with T.If(T.And(rows <= few, parts_of(tables, sequence) > 1)):
                 with T.Then():
-                    parts.keep(kept, beside * each, sequence, index, kv_head, share, count)
+                    parts.keep(found, beside * each, sequence, index, kv_head, share, count)
                     finished = parts.finished(sequence, kv_head)
                     with T.If(finished == parts_of(tables, sequence) - 1), T.Then():
-                        parts.merge(kept, beside * each, sequence, kv_head, share, count)
+                        parts.merge(found, beside * each, sequence, kv_head, share, count)
                         with T.serial(count * share) as r:
                             store(beside * each + r, r, kv_head)
                 with T.Else(), T.serial(count * share) as r:

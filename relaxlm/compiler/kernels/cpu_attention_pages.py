@@ -26,9 +26,14 @@ LINE = 64
 
 @dataclass(frozen=True)
 class Tables:
-    """The kernel's arguments; the scales are those of an fp8 cache, else never read."""
+    """The kernel's arguments; the scales are those of an fp8 cache, else never read.
+
+    Pages of a sequence are counted as its table lists them or, if `by_position`, as if none had
+    been dropped: the token at position i is on page i // page_size, whatever the window has let go.
+    """
 
     shape: AttentionShape
+    by_position: bool
     q: tirx.Buffer
     positions: tirx.Buffer
     row_offsets: tirx.Buffer
@@ -42,7 +47,9 @@ class Tables:
     out: tirx.Buffer
 
     @staticmethod
-    def declare(shape: AttentionShape, format: KVFormat, dtype: str) -> "Tables":
+    def declare(
+        shape: AttentionShape, format: KVFormat, dtype: str, by_position: bool = False
+    ) -> "Tables":
         """Declare the parameters of a kernel, in order."""
         heads, dim, page = shape.kv_heads, shape.head_dim, shape.page_size
         n, batch, table, total = (length(name) for name in ("n", "batch", "table", "pages"))
@@ -62,6 +69,7 @@ class Tables:
         out = tensor("out", (n, shape.q_heads, dim), dtype)
         return Tables(
             shape,
+            by_position,
             *(q, positions, row_offsets, page_offsets, page_ids, dropped),
             *(k, v, k_scales, v_scales, out),
         )
@@ -71,24 +79,48 @@ class Tables:
         return self.dropped.shape[0]
 
     def pages(self, sequence: Expr) -> Expr:
-        return self.page_offsets[sequence + 1] - self.page_offsets[sequence]
+        listed = self.page_offsets[sequence + 1] - self.page_offsets[sequence]
+        return listed + self.gone(sequence) if self.by_position else listed
+
+    def gone(self, sequence: Expr) -> Expr | int:
+        """Pages that left the table between the sinks and the window."""
+        page = self.shape.page_size
+        return self.dropped[sequence] // page if self.shape.window > 0 else 0
+
+    @property
+    def sink_pages(self) -> int:
+        return -(-self.shape.sinks // self.shape.page_size)
+
+    def remains(self, sequence: Expr, first: Expr, end: Expr) -> Expr:
+        """Whether any of the pages first .. end, counted by position, is in the table."""
+        if self.shape.window <= 0:
+            return T.bool(True)
+        return T.Or(first < self.sink_pages, end > self.sink_pages + self.gone(sequence))
+
+    def number(self, sequence: Expr, index: Expr) -> Expr:
+        """The number of a sequence's page `index`; of a page that is gone, another's."""
+        if self.by_position and self.shape.window > 0:
+            moved = T.max(index - self.gone(sequence), self.sink_pages)
+            index = T.if_then_else(index < self.sink_pages, index, moved)
+        return self.page_ids[self.page_offsets[sequence] + index]
 
     def rows(self, sequence: Expr) -> Expr:
         return self.row_offsets[sequence + 1] - self.row_offsets[sequence]
 
     def pages_seen(self, sequence: Expr, query: Expr) -> Expr:
         """How many pages of a sequence have a token at or before `query`."""
-        dropped = self.dropped[sequence] if self.shape.window > 0 else 0
+        counted = self.shape.window <= 0 or self.by_position
+        dropped = 0 if counted else self.dropped[sequence]
         return T.min(self.pages(sequence), (query - dropped) // self.shape.page_size + 1)
 
     def position(self, sequence: Expr, index: Expr) -> Expr:
-        """Of the first token of a sequence's page `index`."""
-        page, sinks = self.shape.page_size, self.shape.sinks
-        start = index * page
-        if self.shape.window > 0:
-            dropped = self.dropped[sequence]
-            start = start + T.if_then_else(index >= -(-sinks // page), dropped, 0)
-        return start
+        """Of the first token of a sequence's page `index`; `NOWHERE` if that is gone."""
+        start = index * self.shape.page_size
+        if self.shape.window <= 0:
+            return start
+        if self.by_position:
+            return T.if_then_else(self.remains(sequence, index, index + 1), start, NOWHERE)
+        return start + T.if_then_else(index >= self.sink_pages, self.dropped[sequence], 0)
 
     def visible(self, first: Expr, query: Expr) -> Expr:
         """Which tokens of the page that begins at position `first` a query sees: [page] bool."""
@@ -125,10 +157,8 @@ class Round:
         """Look up the pages from `first` of a sequence on, of which there are `end`."""
         tables = self.tables
         with T.serial(2 * self.size) as i:
-            index = T.min(first + i, end - 1)
-            T.buffer_store(
-                self.numbers, tables.page_ids[tables.page_offsets[sequence] + index], [i]
-            )
+            number = tables.number(sequence, T.min(first + i, end - 1))
+            T.buffer_store(self.numbers, number, [i])
         with T.serial(self.size) as i:
             start = tables.position(sequence, first + i)
             T.buffer_store(self.starts, T.if_then_else(first + i < end, start, NOWHERE), [i])

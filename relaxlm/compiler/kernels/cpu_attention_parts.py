@@ -1,4 +1,9 @@
-"""Contexts of a few rows in parts: which thread attends over which pages, and how parts merge."""
+"""Contexts of a few rows in parts: which thread attends over which pages, and how parts merge.
+
+If pages count by position (`Tables.by_position`), parts begin at multiples of `FIXED` pages, each is
+collected for itself, and they are merged from the first to the last, whether a thread took one of
+them or all. So what a row finds depends on nothing but its position.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +16,6 @@ from relaxlm.compiler.kernels.builder import scratch
 from relaxlm.compiler.kernels.cpu_attention_pages import PAGES, Tables
 from relaxlm.compiler.kernels.cpu_attention_products import get, put
 from relaxlm.compiler.kernels.cpu_attention_softmax import Sums
-from relaxlm.compiler.kernels.vector import exp2, splat
 from relaxlm.compiler.kernels.work_queue import fetch_add
 
 # A part has at least so many pages: two rounds.
@@ -19,6 +23,8 @@ SHORTEST = 2 * PAGES
 # A step with fewer tasks than this is split; more parts than needed are slower, since the first
 # pages of each cannot be asked for before it begins.
 TASKS = 16
+# Pages of a part whose place is fixed: full rounds.
+FIXED = 4 * PAGES
 
 
 def most_parts(shape: AttentionShape, batch: Expr) -> Expr:
@@ -28,16 +34,29 @@ def most_parts(shape: AttentionShape, batch: Expr) -> Expr:
 
 
 def parts_of(tables: Tables, sequence: Expr) -> Expr:
-    """Parts of the context of a sequence with few rows."""
+    """Parts of the context of a sequence with few rows, as tasks."""
+    if tables.by_position:
+        if tables.shape.window > 0:  # what a row sees is short
+            return T.int32(1)
+        fixed = (tables.pages(sequence) + FIXED - 1) // FIXED
+        return T.if_then_else(_splits(tables.shape, tables.batch), fixed, 1)
     long = (tables.pages(sequence) + SHORTEST - 1) // SHORTEST
     most = T.cast(most_parts(tables.shape, tables.batch), "int32")
     return T.max(T.min(long, most), 1)
 
 
-def pages_per_part(pages: Expr, parts: Expr) -> Expr:
+def pages_per_part(tables: Tables, sequence: Expr) -> Expr:
     """Full rounds of pages, but for the last part."""
+    pages, parts = tables.pages(sequence), parts_of(tables, sequence)
+    if tables.by_position:
+        return T.if_then_else(parts > 1, FIXED, pages)
     rounds = (pages + PAGES - 1) // PAGES
     return (rounds + parts - 1) // parts * PAGES
+
+
+def _splits(shape: AttentionShape, batch: Expr) -> Expr:
+    """Whether fixed parts are tasks of their own: otherwise there are enough tasks."""
+    return batch * shape.kv_heads < TASKS
 
 
 @dataclass(frozen=True)
@@ -59,9 +78,17 @@ class Parts:
     done: tirx.Buffer
 
     @staticmethod
-    def bytes(shape: AttentionShape, batch: int, few: int) -> int:
-        """The most that `declare` takes for up to `batch` sequences of up to `few` rows."""
-        rows = max(n * few * int(most_parts(shape, n)) for n in range(1, batch + 1))
+    def bytes(shape: AttentionShape, batch: int, few: int, pages: int | None = None) -> int:
+        """The most that `declare` takes for up to `batch` sequences of up to `few` rows.
+
+        Args:
+            pages: of a sequence at most, if rows lie by position.
+        """
+        if pages is None:
+            rows = max(n * few * int(most_parts(shape, n)) for n in range(1, batch + 1))
+        else:
+            split = min(batch, (TASKS - 1) // shape.kv_heads)
+            rows = few * (split * pages // FIXED + split)
         return 4 * rows * shape.q_heads * (shape.head_dim + 1 + shape.page_size)
 
     @staticmethod
@@ -70,7 +97,11 @@ class Parts:
         shape, batch = tables.shape, tables.batch
         # Not from `slots`: TVM wants lengths that are known before the first loop.
         longest = T.min(tables.q.shape[0] - batch + 1, few)
-        rows = batch * longest * most_parts(shape, batch) * shape.q_heads
+        parts = batch * most_parts(shape, batch)
+        if tables.by_position:
+            fixed = tables.page_ids.shape[0] // FIXED + batch
+            parts = T.if_then_else(_splits(shape, batch), fixed, 0 * batch)
+        rows = longest * parts * shape.q_heads
         sums = scratch(rows * shape.head_dim, "float32")
         best = scratch(rows, "float32")
         total = scratch(rows * shape.page_size, "float32")
@@ -104,13 +135,8 @@ class Parts:
             kept.clear(r)
             with T.serial(parts_of(self.tables, sequence)) as part:
                 row = self._row(sequence, part, index, head, share, count)
-                with T.If(self.best[row] > kept.best[r]), T.Then():
-                    kept.rescale(r, self.best[row])
-                factor = scratch(1, "float32")
-                T.buffer_store(factor, exp2(self.best[row] - kept.best[r], 1), [0])
-                total = get(self.total, row * page, page) * splat(factor[0], page)
-                put(kept.total, r * page, get(kept.total, r * page, page) + total, page)
-                with T.serial(dim // lanes) as i:
-                    value = get(self.sums, row * dim + i * lanes, lanes) * splat(factor[0], lanes)
-                    at = r * dim + i * lanes
-                    put(kept.sums, at, get(kept.sums, at, lanes) + value, lanes)
+
+                def value(i: Expr, row: Expr = row) -> Expr:
+                    return get(self.sums, row * dim + i * lanes, lanes)
+
+                kept.absorb(r, self.best[row], get(self.total, row * page, page), value)

@@ -10,7 +10,8 @@ from tvm.script.ir_builder import tirx as T
 from relaxlm.compiler.kernels.builder import scratch
 from relaxlm.compiler.kernels.cpu_attention_one import Direct
 from relaxlm.compiler.kernels.cpu_attention_pages import PAGES, PAGES_OF_ONE, Round
-from relaxlm.compiler.kernels.cpu_attention_products import Products
+from relaxlm.compiler.kernels.cpu_attention_parts import FIXED
+from relaxlm.compiler.kernels.cpu_attention_products import Products, get
 from relaxlm.compiler.kernels.cpu_attention_softmax import Sums, soften
 
 # Steps that the work on a block is cut into; at least one for each pair of pages.
@@ -76,8 +77,14 @@ def attend_rows(
     end: Expr,
     count: Expr,
     share: int,
+    whole: Sums | None = None,
 ) -> None:
-    """The heads of `count` tokens over pages begin .. end; row r is at queries[r // share]."""
+    """The heads of `count` tokens over pages begin .. end; row r is at queries[r // share].
+
+    Args:
+        whole: where to merge fixed parts of the context, from the first to the last; each is
+            collected in `kept`. Without it all pages are collected there.
+    """
     tables = pages.tables
     window, page = tables.shape.window, tables.shape.page_size
     block = products.rows
@@ -89,8 +96,11 @@ def attend_rows(
     rows_each = -(-block // chunks)
     products.begin()
     with T.serial(blocks * block) as r:
-        kept.clear(r)
         products.put_query(r, element(0, r))
+
+    def clear(sums: Sums) -> None:
+        with T.serial(blocks * block) as r:
+            sums.clear(r)
 
     def latest(number: Expr) -> Expr:
         """Position of a block's last row."""
@@ -112,10 +122,13 @@ def attend_rows(
             lambda row: queries[row // share],
             masked,
             place=number % products.slots * block + chunk * rows_each,
+            zeros=tables.by_position,
         )
 
     def hidden(number: Expr) -> Expr:
         """Whether any row of a block may not see all that it is multiplied with."""
+        if tables.by_position and window > 0:  # any page may be gone
+            return T.bool(True)
         # The last pair may end with a page beyond the last.
         last = pages.starts[T.max(2 * pairs(number) - 1, 0)]
         some = last + (page - 1) > queries[number * block // share]
@@ -152,18 +165,38 @@ def attend_rows(
             with T.If(T.And(stage == weighed + 1, seen[weighed] > 0)), T.Then():
                 weigh_any(weighed, chunk)
 
-    with T.serial((end - begin + PAGES - 1) // PAGES) as index:
-        at = begin + index * PAGES
-        pages.find(sequence, at, end)
-        with T.If(pages.matters(queries[0])), T.Then():
-            with T.serial((T.min(end - at, PAGES) + 1) // 2) as pair:
-                products.fill(pages, 2 * pair)
-            # Pages of this round that each block's last row sees.
-            with T.serial(blocks) as number:
-                here = T.min(end, tables.pages_seen(sequence, latest(number))) - at
-                T.buffer_store(seen, T.max(T.min(here, PAGES), 0), [number])
-            if products.slots == 1:
-                one_by_one()
-            else:
-                overlapped()
+    def rounds(begin: Expr, end: Expr) -> None:
+        with T.serial((end - begin + PAGES - 1) // PAGES) as index:
+            at = begin + index * PAGES
+            pages.find(sequence, at, end)
+            with T.If(pages.matters(queries[0])), T.Then():
+                with T.serial((T.min(end - at, PAGES) + 1) // 2) as pair:
+                    products.fill(pages, 2 * pair)
+                # Pages of this round that each block's last row sees.
+                with T.serial(blocks) as number:
+                    here = T.min(end, tables.pages_seen(sequence, latest(number))) - at
+                    T.buffer_store(seen, T.max(T.min(here, PAGES), 0), [number])
+                if products.slots == 1:
+                    one_by_one()
+                else:
+                    overlapped()
+
+    if whole is None:
+        clear(kept)
+        rounds(begin, end)
+    else:
+        clear(whole)
+        with T.serial((end - begin + FIXED - 1) // FIXED) as part:
+            first = begin + part * FIXED
+            after = T.min(first + FIXED, end)
+            with T.If(tables.remains(sequence, first, after)), T.Then():
+                clear(kept)
+                rounds(first, after)
+                with T.serial(count * share) as r:
+
+                    def value(i: Expr, r: Expr = r) -> Expr:
+                        return get(kept.sums, r * kept.dim + i * kept.lanes, kept.lanes)
+
+                    total = get(kept.total, r * page, page)
+                    whole.absorb(r, kept.best[r], total, value)
     products.end()

@@ -2,6 +2,7 @@
 arXiv:1805.02867), and what a task keeps for it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,6 +72,20 @@ class Sums:
             scaled = get(self.sums, at, self.lanes) * splat(factor[0], self.lanes)
             put(self.sums, at, scaled, self.lanes)
 
+    def absorb(self, row: Expr, best: Expr, total: Expr, value: Callable[[Expr], Expr]) -> None:
+        """Add what was collected elsewhere for a row: its best and total, and vectors of sums."""
+        with T.If(best > self.best[row]), T.Then():
+            self.rescale(row, best)
+        factor = scratch(1, "float32")
+        T.buffer_store(factor, exp2(best - self.best[row], 1), [0])
+        at = row * self.page
+        added = multiply_add(total, splat(factor[0], self.page), get(self.total, at, self.page))
+        put(self.total, at, added, self.page)
+        with T.serial(self.dim // self.lanes) as i:
+            at = row * self.dim + i * self.lanes
+            wide, before = splat(factor[0], self.lanes), get(self.sums, at, self.lanes)
+            put(self.sums, at, multiply_add(value(i), wide, before), self.lanes)
+
 
 class Weighted(Protocol):
     """Where `soften` finds scores, and puts weights; see `cpu_attention_products.Products`."""
@@ -112,6 +127,7 @@ def soften(
     masked: bool,
     scaled: bool = False,
     place: Expr | int = 0,
+    zeros: bool = False,
 ) -> None:
     """Turn scores of some rows into weights.
 
@@ -124,6 +140,8 @@ def soften(
             soon as a visible one sets a maximum.
         scaled: whether scores are to be multiplied with the scales of the keys.
         place: the first row's number among the rows of scores and weights.
+        zeros: whether the weight of a masked token is 0 instead, so that nothing depends on which
+            masked tokens there are.
     """
     page = kept.page
     two_to = exp2 if products.exact else exp2_coarse
@@ -152,7 +170,10 @@ def soften(
             both = [scratch(page, "float32") for _ in range(2)]
             for half, weight in enumerate(both):
                 score = get(products.scores, products.score_at(place + r, 2 * pair + half), page)
-                put(weight, 0, two_to(score - splat(kept.best[row], page), page), page)
+                value = two_to(score - splat(kept.best[row], page), page)
+                if masked and zeros:
+                    value = T.Select(score > splat(MASKED, page), value, splat(0.0, page))
+                put(weight, 0, value, page)
                 put(total, 0, get(total, 0, page) + get(weight, 0, page), page)
             products.put_weights(pages, place + r, pair, [get(weight, 0, page) for weight in both])
         put(kept.total, row * page, get(total, 0, page), page)

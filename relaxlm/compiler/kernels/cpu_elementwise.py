@@ -104,7 +104,8 @@ def norm_kernel(
                     T.buffer_store(total, both, [row, span(i * lanes, lanes)])
                 element = load(total, row, i * lanes)
                 T.buffer_store(squares, multiply_add(element, element, squared()), [span(0, lanes)])
-            mean = sum_of(squared(), lanes) * T.float32(1 / size) + T.float32(eps)
+            # Fused by name, as everywhere: LLVM's choice might differ between copies of a loop.
+            mean = multiply_add(sum_of(squared(), lanes), T.float32(1 / size), T.float32(eps))
             T.buffer_store(factor, T.float32(1) / T.sqrt(mean), [0])
 
             def value(i: Expr | int, count: int) -> Expr:

@@ -7,11 +7,14 @@ A line, 64 bytes of W, is four groups of a row. The low nibbles of its bytes are
 the high ones the odd elements; `packed` has x in that order.
 
     rows of x    how W is read
-    1            line by line
+    1            line by line, unless the kernel is to be invariant
     2 - 16       four lines at a time, of four rows of W, whose words are exchanged so that lanes
                  are [row, group] and the eight dot products of a group add up before scaling;
                  more than 8 rows of x are done in two passes over the four rows of W; where
                  there are tiles (`cpu_few_rows_amx`), those do more than 8
+
+From 2 on, lane g of the four of a row of W has the groups g, g + 4, .., in this order, and the four
+are added in pairs: `invariant` kernels do the same for any number of rows (`QUARTERS`).
 
 Memory is asked for ahead, so that what four rows of W need next arrives as one stream.
 """
@@ -43,6 +46,8 @@ LANES = 16
 ROWS = 4
 # Rows of x whose sums stay in registers.
 TILE = 8
+# Sums of a product that are made side by side: of every fourth group.
+QUARTERS = 4
 # Lines of rows this many bytes apart get into each other's way; as measured, and see `_few`.
 SETS = 1024
 NIBBLES = 0x0F0F0F0F
@@ -76,13 +81,16 @@ def emit_matmul(
     weight: tirx.Buffer,
     scale: tirx.Buffer,
     out: tirx.Buffer,
+    invariant: bool = False,
 ) -> None:
     """Emit out [m, N] float32 = x @ W.T for 1 <= m <= FEW.
 
     Args:
-        packed: [m, row_words(K)] int32, as `pack_kernel` makes it.
+        packed: [m, row_words(K)] int32, as `pack_kernel` makes it, without the order `single` if
+            `invariant`.
         weight: [N, words] uint32.
         scale: [N, groups] of the matrix's dtype.
+        invariant: whether a row's result may not depend on m.
     """
     assert supports(matrix, isa), matrix
     stored = _Stored(matrix, flat(weight), flat(scale))
@@ -91,9 +99,12 @@ def emit_matmul(
         return lambda: _few(stored, m, packed, out, rows)
 
     def tiles() -> None:
-        cpu_few_rows_amx.emit_matmul(matrix, m, packed, weight, scale, out)
+        cpu_few_rows_amx.emit_matmul(
+            matrix, m, packed, weight, scale, out, QUARTERS if invariant else 1
+        )
 
-    kernels = [(1, lambda: _one(stored, packed, out)), (2, few(2)), (4, few(4))]
+    one = few(1) if invariant else lambda: _one(stored, packed, out)
+    kernels = [(1, one), (2, few(2)), (4, few(4))]
     if woven_rows(matrix.k, isa) < FEW:
         kernels += [(woven_rows(matrix.k, isa), few(TILE)), (FEW, tiles)]
     else:

@@ -56,11 +56,17 @@ def emit_matmul(
     weight: tirx.Buffer,
     scale: tirx.Buffer,
     out: tirx.Buffer,
+    parts: int = 1,
 ) -> None:
-    """Emit out [m, N] float32 = x @ W.T for 1 <= m <= FEW, x in the order `linear`."""
+    """Emit out [m, N] float32 = x @ W.T for 1 <= m <= FEW, x in the order `linear`.
+
+    Args:
+        parts: 1: groups are added up one after the other; 4: those of each line's first group, of
+            its second .., and then the four in pairs, as `cpu_few_rows` does.
+    """
     blocks = -(-matrix.n // LANES)
     with T.parallel(-(-blocks // TASK)) as task:
-        block = _Block(matrix, m, packed, flat(weight), flat(scale), out)
+        block = _Block(matrix, m, packed, flat(weight), flat(scale), out, parts)
         block.configure()
         with T.serial(T.min(TASK, blocks - task * TASK)) as i:
             first = T.cast(task * TASK + i, "int64") * LANES
@@ -80,13 +86,15 @@ class _Block:
         words: tirx.Buffer,
         scales: tirx.Buffer,
         out: tirx.Buffer,
+        parts: int,
     ) -> None:
+        self.parts = parts
         self.matrix, self.m, self.packed, self.out = matrix, m, packed, out
         self.words, self.scales = words, scales
         self.steps = matrix.groups // BLOCK_GROUPS
         self.place = PackedRow(matrix.k)
         # Two panels and two times sums: those being made, and those being used.
-        self.room = scratch(2 * PANEL + 2 * SUMS + FEW * LANES, "int32")
+        self.room = scratch(2 * PANEL + 2 * SUMS + parts * FEW * LANES, "int32")
         self.totals = 2 * PANEL + 2 * SUMS
 
     def configure(self) -> None:
@@ -104,7 +112,8 @@ class _Block:
 
     def emit(self, first: Expr) -> None:
         with T.serial(self.m) as row:
-            self._put_total(row, splat(0.0, LANES))
+            for part in range(self.parts):
+                self._put_total(row, splat(0.0, LANES), part)
         self._fill(first, 0)
         with T.serial(self.steps) as step:
             self._multiply(step)
@@ -115,7 +124,10 @@ class _Block:
             self._store_sums(step)
         self._add(first, self.steps - 1)
         with T.serial(self.m) as row:
-            T.buffer_store(self.out, self._total(row), [row, T.ramp(first, 1, LANES)])
+            totals = [self._total(row, part) for part in range(self.parts)]
+            while len(totals) > 1:
+                totals = [a + b for a, b in zip(totals[::2], totals[1::2], strict=True)]
+            T.buffer_store(self.out, totals[0], [row, T.ramp(first, 1, LANES)])
 
     def _fill(self, first: Expr, step: Expr | int, panel: Expr | int = 0) -> None:
         for row in range(LANES):
@@ -153,8 +165,9 @@ class _Block:
             T.buffer_store(factors, factor, [T.ramp(g * LANES, 1, LANES)])
         with T.serial(self.m) as row:
             total = scratch(LANES, "float32")
-            T.buffer_store(total, self._total(row), [T.ramp(0, 1, LANES)])
             for g in range(BLOCK_GROUPS):
+                if g < self.parts:
+                    T.buffer_store(total, self._total(row, g), [T.ramp(0, 1, LANES)])
                 sums = self.room.vload([self._sums(step, g, T.cast(row, "int32"))], "int32x16")
                 scale = self.packed[row, self.place.scales + step * BLOCK_GROUPS + g]
                 wide = splat(T.reinterpret("float32", scale), LANES)
@@ -162,7 +175,8 @@ class _Block:
                 before = total.vload([0], "float32x16")
                 added = multiply_add(T.cast(sums, "float32x16"), both, before)
                 T.buffer_store(total, added, [T.ramp(0, 1, LANES)])
-            self._put_total(row, total.vload([0], "float32x16"))
+                if self.parts > 1 or g == BLOCK_GROUPS - 1:
+                    self._put_total(row, total.vload([0], "float32x16"), g % self.parts)
 
     def _factors(self, first: Expr, step: Expr | int) -> list[Expr]:
         """The scales of four groups, each of 16 rows of W, float32x16."""
@@ -190,13 +204,16 @@ class _Block:
             factors.append(_shuffle(both, [*eight, *(i + LANES for i in eight)]))
         return factors
 
-    def _total(self, row: Expr) -> Expr:
-        at = self.totals + T.cast(row, "int32") * LANES
+    def _total_at(self, row: Expr, part: int) -> Expr:
+        return self.totals + (T.cast(row, "int32") * self.parts + part) * LANES
+
+    def _total(self, row: Expr, part: int) -> Expr:
+        at = self._total_at(row, part)
         return T.reinterpret("float32x16", self.room.vload([at], "int32x16"))
 
-    def _put_total(self, row: Expr, total: Expr) -> None:
-        at = self.totals + T.cast(row, "int32") * LANES
-        T.buffer_store(self.room, T.reinterpret("int32x16", total), [T.ramp(at, 1, LANES)])
+    def _put_total(self, row: Expr, total: Expr, part: int) -> None:
+        ramp = T.ramp(self._total_at(row, part), 1, LANES)
+        T.buffer_store(self.room, T.reinterpret("int32x16", total), [ramp])
 
 
 def _shuffle(vectors: list[Expr], lanes) -> Expr:

@@ -57,6 +57,7 @@ def emit_matmul(
     weight: tirx.Buffer,
     scale: tirx.Buffer | None,
     out: tirx.Buffer,
+    parts: int = 1,
 ) -> None:
     """Emit out = x @ W.T.
 
@@ -65,6 +66,8 @@ def emit_matmul(
         packed: [m, at least packed.row_words(K)] int32, of the form "int8", linear.
         weight, scale: the stored matrix.
         out: [m, N] float32.
+        parts: 1: groups are added up one after the other; 4: the first group and every fourth from
+            there, then from the second .., and then the four in pairs, as `cpu_few_rows` does.
     """
     assert supports(matrix, isa) and scale is not None, matrix
     n, groups = matrix.n, matrix.groups
@@ -77,6 +80,7 @@ def emit_matmul(
         panel = scratch(groups * GROUP_WORDS * wide, "int32")
         factors = scratch(_staged(matrix) + LANES * LANES, "float32")
         sums, dots = scratch(TILE * wide, "float32"), scratch(TILE * wide, "int32")
+        kept = scratch(parts * TILE * wide, "float32") if parts > 1 else sums
         _fill(matrix, first, words, panel)
         _fill_scales(matrix, first, scales, factors)
         tiles = (T.min(m - first_row, rows) + TILE - 1) // TILE
@@ -87,11 +91,24 @@ def emit_matmul(
                 return T.min(first_row + tile * TILE + i, m - 1)
 
             next_words = (first + wide) * matrix.words
-            _multiply(matrix, packed, row, tile, panel, factors, sums, dots, words, next_words)
+            multiplied = (panel, factors, sums, dots, words, next_words)
+            if parts == 1:
+                _multiply(matrix, packed, row, tile, *multiplied)
+            else:
+                with T.serial(parts) as part:
+                    _multiply(matrix, packed, row, tile, *multiplied, part, parts)
+                    for at in range(0, TILE * wide, LANES):
+                        place = T.ramp(part * (TILE * wide) + at, 1, LANES)
+                        T.buffer_store(kept, sums.vload([at], "float32x16"), [place])
             for i in range(TILE):
                 for at in range(0, wide, LANES):
-                    total = sums.vload([i * wide + at], "float32x16")
-                    T.buffer_store(out, total, [row(i), T.ramp(first + at, 1, LANES)])
+                    totals = [
+                        kept.vload([(part * TILE + i) * wide + at], "float32x16")
+                        for part in range(parts)
+                    ]
+                    while len(totals) > 1:
+                        totals = [a + b for a, b in zip(totals[::2], totals[1::2], strict=True)]
+                    T.buffer_store(out, totals[0], [row(i), T.ramp(first + at, 1, LANES)])
 
 
 def _bits(matrix: StoredMatrix) -> int:
@@ -172,8 +189,13 @@ def _multiply(
     dots: tirx.Buffer,
     words: tirx.Buffer,
     next_words: Expr,
+    first: Expr | int = 0,
+    every: int = 1,
 ) -> None:
-    """Set `sums` to the products of a tile of rows of x with the panel."""
+    """Set `sums` to the products of a tile of rows of x with the panel.
+
+    Of the groups, those from `first` on, `every` so many.
+    """
     wide = _halves(matrix) * LANES
     place = PackedRow(matrix.k)
     vectors = [(i, at) for i in range(TILE) for at in range(0, wide, LANES)]
@@ -181,7 +203,8 @@ def _multiply(
         T.buffer_store(sums, splat(0.0, LANES), [T.ramp(i * wide + at, 1, LANES)])
     lines = wide * matrix.words // LANES
     fetching = -(-lines // (matrix.groups * FETCH))
-    with T.serial(matrix.groups) as g:
+    with T.serial((matrix.groups - first + every - 1) // every) as step:
+        g = first + step * every
         with T.If(tile < fetching):
             with T.Then():
                 for i in range(FETCH):

@@ -4,7 +4,9 @@
     1, 2-4, 5-8     cpu_gemv                    cpu_gemm
     more            cpu_gemm                    cpu_gemm
 
-The number of rows is known when a kernel runs, so one function holds all of them.
+The number of rows is known when a kernel runs, so one function holds all of them. Where a row's
+result must not depend on it (`invariant`), one way to multiply serves all: cpu_gemv for weights row
+by row, cpu_gemm for transposed ones, which treats every row alike.
 """
 
 import functools
@@ -21,6 +23,8 @@ from relaxlm.quantization.groupwise import GroupQuant
 
 # The most rows of x that a kernel of each of these sizes does at a time.
 FEW = (1, 4, 8)
+# Rows of x that invariant kernels bring to a row of W while it is in the cache.
+TOGETHER = 64
 
 
 @functools.cache  # every layer asks
@@ -30,6 +34,7 @@ def matmul_kernel(
     dtype: str,
     out_dtype: str,
     unit: VectorUnit,
+    invariant: bool = False,
 ) -> tirx.PrimFunc:
     """(x [m, K] float32, *stored weight, out [m, N]).
 
@@ -39,6 +44,7 @@ def matmul_kernel(
         dtype: of the scales, or of the plain tensor.
         out_dtype: of the result; sums are in float32.
         unit: the vectors of the CPU to compile for.
+        invariant: whether a row's result may not depend on m.
     """
     n, k = shape
     matrix = StoredMatrix(n, k, quant, dtype)
@@ -53,14 +59,19 @@ def matmul_kernel(
 
         def choose(sizes: tuple[int, ...]) -> None:
             if not sizes:
-                gemm(matrix, out_dtype, unit)(m, x, words, scales, out)
+                if invariant and not matrix.columns:
+                    many = gemv(matrix, out_dtype, unit, FEW[1], alike=True, together=TOGETHER)
+                else:
+                    many = gemm(matrix, out_dtype, unit)
+                many(m, x, words, scales, out)
                 return
             with T.If(m <= sizes[0]):
                 with T.Then():
-                    gemv(matrix, out_dtype, unit, sizes[0])(m, x, words, scales, out)
+                    few = gemv(matrix, out_dtype, unit, sizes[0], alike=invariant)
+                    few(m, x, words, scales, out)
                 with T.Else():
                     choose(sizes[1:])
 
-        choose(() if matrix.columns else FEW)
+        choose(() if matrix.columns else FEW[:2] if invariant else FEW)
 
     return emit(body, [reduce_sum_ir(vector_words(matrix, unit))])

@@ -3,7 +3,8 @@
     rows of x       kernel
     1, 2, 3-4       cpu_narrow_rows: lanes along a row of W, as fast as W can be read
     more            cpu_narrow_panel: lanes across rows of W, as fast as the CPU multiplies;
-                    cpu_narrow_squares: the same with i8mm and 4-bit codes
+                    cpu_narrow_squares: the same with i8mm and 4-bit codes;
+                    cpu_narrow_rows, if the kernel is to be invariant
 
 W is stored row by row, with 4 or 8 bits in groups of 32, x is `packed` in the order `linear`, and
 
@@ -69,6 +70,7 @@ def emit_matmul(
     weight: tirx.Buffer,
     scale: tirx.Buffer,
     out: tirx.Buffer,
+    invariant: bool = False,
 ) -> None:
     """Emit the loops for any number of rows.
 
@@ -77,6 +79,7 @@ def emit_matmul(
         packed: [m, row_words(K)] int32.
         weight, scale: as stored; see `StoredMatrix`.
         out: [m, N] float32.
+        invariant: whether a row's result may not depend on m.
     """
     assert supports(matrix, isa) and matrix.quant is not None, (matrix, isa)
     bits, words, scales = matrix.quant.bits, flat(weight), flat(scale)
@@ -87,7 +90,10 @@ def emit_matmul(
 
     def few(sizes: tuple[int, ...]) -> None:
         if not sizes:
-            many.emit(m, packed, words, scales, out)
+            if invariant:
+                FewRows(matrix, along, FEW[-1]).emit_many(m, packed, words, scales, out)
+            else:
+                many.emit(m, packed, words, scales, out)
             return
         with T.If(m <= sizes[0]):
             with T.Then():

@@ -5,9 +5,11 @@ lanes. Every vector gives two of codes: with 4 bits the even and the odd element
 first and the second half of a group. What the four vectors' dot products come to is folded into
 one vector with a sum per group, so scales are multiplied once per step. x is brought into the order
 of these vectors before the loop over rows of W. Memory is fetched ahead in the order of addresses.
+
+Kernels that have to be invariant multiply more rows in the same way, four after four.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -23,6 +25,8 @@ from relaxlm.compiler.kernels.vector import multiply_add, reduce_sum, splat, to_
 
 VECTORS = 4
 LINE = 64
+# Of more rows than a kernel's, those that a row of W meets while it is in the cache.
+MANY = 64
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,20 @@ class Step:
     number: Expr | int
     group: Expr | int
     count: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of x in the order of the dot products, by steps.
+
+    Attributes:
+        codes: [row, step, vector, half, lane]
+        factors, starts: [row, step, lane]
+    """
+
+    codes: tirx.Buffer
+    factors: tirx.Buffer
+    starts: tirx.Buffer
 
 
 def lanes_for(matrix: StoredMatrix, widest: int) -> int:
@@ -70,23 +88,62 @@ class FewRows:
         out: tirx.Buffer,
     ) -> None:
         """`words` and `scales` are views with one axis."""
-        codes = scratch(self.rows * self.steps * 2 * VECTORS * self.lanes, "int32")
-        factors = scratch(self.rows * self.steps * self.lanes, "float32")
-        starts = scratch(self.rows * self.steps * self.lanes, "int32")
+        x = self._scratch(self.rows)
         with T.serial(self.rows) as row:
             for step in self._each_step():
-                self._reorder(m, packed, row, step, codes, factors, starts)
+                self._reorder(packed, row, T.min(row, m - 1), step, x)
         with T.parallel(self.matrix.n) as task:
-            sums = scratch(self.rows * self.lanes, "float32")
-            for row in range(self.rows):
-                self._put(sums, row * self.lanes, splat(0.0, self.lanes))
-            for step in self._each_step():
-                self._add_step(words, scales, task, step, codes, factors, starts, sums)
-            for row in range(self.rows):
-                total = reduce_sum(
-                    sums.vload([row * self.lanes], f"float32x{self.lanes}"), self.lanes
-                )
-                T.buffer_store(out, total, [T.min(row, m - 1), task])
+            self._multiply(words, scales, task, x, 0, lambda row: T.min(row, m - 1), out)
+
+    def emit_many(
+        self,
+        m: Expr,
+        packed: tirx.Buffer,
+        words: tirx.Buffer,
+        scales: tirx.Buffer,
+        out: tirx.Buffer,
+    ) -> None:
+        """For any number of rows: to each the same is done as by `emit`."""
+        x = self._scratch(MANY)
+        with T.serial((m + MANY - 1) // MANY) as number:
+            start = number * MANY
+            tiles = (T.min(m - start, MANY) + self.rows - 1) // self.rows
+
+            def source(row: Expr) -> Expr:
+                # Rows beyond the last repeat it, and write the same result.
+                return T.min(start + row, m - 1)
+
+            with T.parallel(tiles * self.rows) as row:
+                for step in self._each_step():
+                    self._reorder(packed, row, source(row), step, x)
+            with T.parallel(self.matrix.n) as task, T.serial(tiles) as tile:
+                first = tile * self.rows
+                self._multiply(words, scales, task, x, first, lambda row: source(first + row), out)
+
+    def _scratch(self, rows: int) -> "_Rows":
+        size = rows * self.steps * self.lanes
+        codes = scratch(size * 2 * VECTORS, "int32")
+        return _Rows(codes, scratch(size, "float32"), scratch(size, "int32"))
+
+    def _multiply(
+        self,
+        words: tirx.Buffer,
+        scales: tirx.Buffer,
+        task: Expr,
+        x: "_Rows",
+        first: Expr | int,
+        place: Callable[[int], Expr],
+        out: tirx.Buffer,
+    ) -> None:
+        """A row of W times rows of x from `first` on, of which the i-th is row place(i)."""
+        sums = scratch(self.rows * self.lanes, "float32")
+        for row in range(self.rows):
+            self._put(sums, row * self.lanes, splat(0.0, self.lanes))
+        for step in self._each_step():
+            self._add_step(words, scales, task, step, x, first, sums)
+        for row in range(self.rows):
+            total = reduce_sum(sums.vload([row * self.lanes], f"float32x{self.lanes}"), self.lanes)
+            T.buffer_store(out, total, [place(row), task])
 
     def _each_step(self) -> Iterator[Step]:
         if self.whole:
@@ -109,20 +166,13 @@ class FewRows:
         T.buffer_store(buffer, value, [T.ramp(at, 1, lanes or self.lanes)])
 
     def _reorder(
-        self,
-        m: Expr,
-        packed: tirx.Buffer,
-        row: Expr,
-        step: Step,
-        codes: tirx.Buffer,
-        factors: tirx.Buffer,
-        starts: tirx.Buffer,
+        self, packed: tirx.Buffer, row: Expr, source: Expr, step: Step, x: "_Rows"
     ) -> None:
         """One step of x: vectors that meet those of codes, scales and starts in the order of sums.
 
         Beyond the last group, packed rows have groups of zeros up to a multiple of four.
         """
-        place, source = PackedRow(self.matrix.k), T.min(row, m - 1)
+        place = PackedRow(self.matrix.k)
         for v in range(self._vectors(step)):
             for b in range(self.blocks):
                 at = (step.group + v * self.blocks + b) * GROUP_WORDS
@@ -132,15 +182,15 @@ class FewRows:
                 if self.bits == 8:
                     even, odd = self._in_order(even, odd)
                 for half, part in enumerate((even, odd)):
-                    self._put(codes, self._place(row, step, v, half) + b * BLOCK, part, BLOCK)
+                    self._put(x.codes, self._place(row, step, v, half) + b * BLOCK, part, BLOCK)
         at = (row * self.steps + step.number) * self.lanes
         for lane, group in enumerate(self._lane_groups()):
             # Lanes without a group add nothing, with any scale.
             there = min(group, step.count - 1)
             bits = packed[source, place.scales + step.group + there]
-            T.buffer_store(factors, T.reinterpret("float32", bits), [at + lane])
+            T.buffer_store(x.factors, T.reinterpret("float32", bits), [at + lane])
             total = packed[source, place.sums + step.group + there] * self.start
-            T.buffer_store(starts, total if group == there else 0, [at + lane])
+            T.buffer_store(x.starts, total if group == there else 0, [at + lane])
 
     @staticmethod
     def _in_order(even: Expr, odd: Expr) -> tuple[Expr, Expr]:
@@ -156,17 +206,16 @@ class FewRows:
         scales: tirx.Buffer,
         task: Expr,
         step: Step,
-        codes: tirx.Buffer,
-        factors: tirx.Buffer,
-        starts: tirx.Buffer,
+        x: "_Rows",
+        start: Expr | int,
         sums: tirx.Buffer,
     ) -> None:
         lanes, group_words = self.lanes, self.matrix.group_words
         weights = scratch(VECTORS * 2 * lanes, "int32")
         factor = scratch(lanes, "float32")
         first = task * self.matrix.words + step.group * group_words
-        for start in range(0, step.count * group_words, LINE // 4):
-            fetch(T.address_of(words[first + (start + tuning.current().ahead // 4)]))
+        for word in range(0, step.count * group_words, LINE // 4):
+            fetch(T.address_of(words[first + (word + tuning.current().ahead // 4)]))
         for v in range(self._vectors(step)):
             for half, part in enumerate(self._halves(words, first, step, v)):
                 self._put(weights, (v * 2 + half) * lanes, self.dots.codes(part))
@@ -177,12 +226,14 @@ class FewRows:
                 total = self.dots.nothing()
                 for half in range(2) if v < self._vectors(step) else ():
                     code = weights.vload([(v * 2 + half) * lanes], self.dots.int32)
-                    x = codes.vload([self._place(row, step, v, half)], self.dots.int32)
-                    total = self.dots.add(total, code, x)
+                    place = self._place(start + row, step, v, half)
+                    other = x.codes.vload([place], self.dots.int32)
+                    total = self.dots.add(total, code, other)
                 totals.append(total)
-            at = (row * self.steps + step.number) * lanes
-            total = self.dots.fold(totals) + starts.vload([at], self.dots.int32)
-            both = factor.vload([0], f"float32x{lanes}") * factors.vload([at], f"float32x{lanes}")
+            at = ((start + row) * self.steps + step.number) * lanes
+            total = self.dots.fold(totals) + x.starts.vload([at], self.dots.int32)
+            x_factor = x.factors.vload([at], f"float32x{lanes}")
+            both = factor.vload([0], f"float32x{lanes}") * x_factor
             before = sums.vload([row * lanes], f"float32x{lanes}")
             total = multiply_add(T.cast(total, f"float32x{lanes}"), both, before)
             self._put(sums, row * lanes, total)

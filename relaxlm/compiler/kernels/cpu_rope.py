@@ -67,7 +67,7 @@ def rope_append_kernel(
             added = multiply_add(at(row, i * lanes), at(row, i * lanes), at(squares, 0))
             T.buffer_store(squares, added, [span(0)])
         total = reduce_sum(at(squares, 0), lanes) if lanes > 1 else squares[0]
-        mean = total * T.float32(1 / dim) + T.float32(options.eps)
+        mean = multiply_add(total, T.float32(1 / dim), T.float32(options.eps))
         T.buffer_store(factor, T.float32(1) / T.sqrt(mean), [0])
         with T.serial(dim // lanes) as i:
             scale = splat(factor[0], lanes) * at(weight, i * lanes, dtype=str(weight.dtype))
@@ -100,9 +100,10 @@ def rope_append_kernel(
                 T.buffer_store(left, at(row, i * lanes), [span(0)])
                 T.buffer_store(right, at(row, half + i * lanes), [span(0)])
                 c, s = at(cos, token, i * lanes), at(sin, token, i * lanes)
-                turned = at(left, 0) * c - at(right, 0) * s
+                # Fused by name: LLVM's choice might differ between copies of this loop.
+                turned = multiply_add(at(left, 0), c, at(right, 0) * -s)
                 T.buffer_store(row, turned, [span(i * lanes)])
-                turned = at(right, 0) * c + at(left, 0) * s
+                turned = multiply_add(at(right, 0), c, at(left, 0) * s)
                 T.buffer_store(row, turned, [span(half + i * lanes)])
 
         def one_token(token: Expr) -> None:

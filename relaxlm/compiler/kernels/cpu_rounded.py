@@ -4,7 +4,9 @@
     1 - FEW     cpu_few_rows   cpu_few_rows    cpu_narrow
     more        cpu_amx        cpu_int8_gemm   cpu_narrow
 
-The rows of x come packed as `rounding.Rounding` says.
+The rows of x come packed as `rounding.Rounding` says. Where a row's result must not depend on the
+number of rows (`invariant`), all kernels add up the products of groups in one order, and what
+avx512 has for more rows serves amx, too.
 """
 
 from types import ModuleType
@@ -34,31 +36,42 @@ def supports_gated(matrix: StoredMatrix, isa: Isa) -> bool:
     return isa == "amx" and supports(matrix, isa) and cpu_amx.supports_gated(matrix, isa)
 
 
-def supports(matrix: StoredMatrix, isa: Isa) -> bool:
+def supports(matrix: StoredMatrix, isa: Isa, invariant: bool = False) -> bool:
     """Whether there are kernels for a weight's format, for every number of rows."""
-    return all(kernels.supports(matrix, isa) for kernels in KERNELS[isa])
+    return all(kernels.supports(matrix, isa) for kernels in _kernels(isa, invariant))
+
+
+def _kernels(isa: Isa, invariant: bool) -> tuple[ModuleType, ModuleType]:
+    return KERNELS["avx512" if invariant and isa == "amx" else isa]
 
 
 @tuning.cached
-def rounded_matmul_kernel(matrix: StoredMatrix, isa: Isa) -> tirx.PrimFunc:
-    """(x [m, row_words] int32 as `Rounding` packs it, *stored weight, out [m, N] float32)."""
-    assert supports(matrix, isa), (matrix, isa)
-    few, many = KERNELS[isa]
+def rounded_matmul_kernel(matrix: StoredMatrix, isa: Isa, invariant: bool = False) -> tirx.PrimFunc:
+    """(x [m, row_words] int32 as `Rounding` packs it, *stored weight, out [m, N] float32).
+
+    `invariant`: whether a row's result may not depend on m.
+    """
+    assert supports(matrix, isa, invariant), (matrix, isa)
+    few, many = _kernels(isa, invariant)
 
     def body() -> None:
         m = length("m")
-        x = tensor("x", (m, Rounding(matrix.k, isa).row_words), "int32")
+        x = tensor("x", (m, Rounding(matrix.k, isa, invariant).row_words), "int32")
         weight = tensor("weight", matrix.word_shape, matrix.word_dtype)
         scale = tensor("scale", matrix.scale_shape, matrix.dtype) if matrix.quant else None
         out = tensor("out", (m, matrix.n), "float32")
+        operands = (matrix, isa, m, x, weight, scale, out)
         if few is many:
-            few.emit_matmul(matrix, isa, m, x, weight, scale, out)
+            few.emit_matmul(*operands, invariant)
             return
         with T.If(m <= FEW):
             with T.Then():
-                few.emit_matmul(matrix, isa, m, x, weight, scale, out)
+                few.emit_matmul(*operands, invariant)
             with T.Else():
-                many.emit_matmul(matrix, isa, m, x, weight, scale, out)
+                if invariant:
+                    many.emit_matmul(*operands, cpu_few_rows.QUARTERS)
+                else:
+                    many.emit_matmul(*operands)
 
     texts = [*few.imports(matrix, isa), *many.imports(matrix, isa)]
     return emit(body, list(dict.fromkeys(texts)))

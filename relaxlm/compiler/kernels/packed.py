@@ -8,11 +8,11 @@ the last of which may be partly empty. The codes of a group are 8 words: in half
 elements, in half 1 of its odd ones, words j = 0..3 each, as nibbles of a 4-bit group meet them.
 How things lie in a row depends on the number of rows, and on the CPU:
 
-    single   for one row; a block is 64 words at block * 64:
+    single   for one row, unless kernels are invariant; a block is 64 words at block * 64:
                  32 codes [half, group, j]
                  16 scale [group, 4 times]
                  16 start [group, 4], of which the last three are 0
-    woven    for 2 to `woven_rows`
+    woven    for 2 to `woven_rows`, or 1
                  at 0        codes, block by block, [half, j, group]
                  at scales   scale, one word per group
                  at sums     sum, one word per group
@@ -108,7 +108,13 @@ def woven_rows(k: int, isa: Isa) -> int:
 
 
 def emit_pack(
-    k: int, value: Value, packed: tirx.Buffer, row: Expr | int, m: Expr | int, isa: Isa
+    k: int,
+    value: Value,
+    packed: tirx.Buffer,
+    row: Expr | int,
+    m: Expr | int,
+    isa: Isa,
+    single: bool = True,
 ) -> None:
     """Emit the statements that write one row.
 
@@ -117,16 +123,17 @@ def emit_pack(
             multiple of lanes, i + lanes <= K. Called once for each element.
         packed: [m, row_words(K)] int32.
         m: the number of rows, which decides the order.
+        single: whether one row has an order of its own.
     """
     whole = k // BLOCK
     if whole:
         with T.serial(whole) as block:
-            _pack_block(k, block, BLOCK, value, packed, row, m, isa)
+            _pack_block(k, block, BLOCK, value, packed, row, m, isa, single)
     if k % BLOCK:
-        _pack_block(k, whole, k % BLOCK, value, packed, row, m, isa)
+        _pack_block(k, whole, k % BLOCK, value, packed, row, m, isa, single)
 
 
-def pack_kernel(k: int, isa: Isa) -> tirx.PrimFunc:
+def pack_kernel(k: int, isa: Isa, single: bool = True) -> tirx.PrimFunc:
     """(x [m, K] float32, packed [m, row_words(K)] int32)."""
 
     def body() -> None:
@@ -138,7 +145,7 @@ def pack_kernel(k: int, isa: Isa) -> tirx.PrimFunc:
             def value(i: Expr | int, lanes: int) -> Expr:
                 return x.vload([row, i], vector("float32", lanes))
 
-            emit_pack(k, value, packed, row, m, isa)
+            emit_pack(k, value, packed, row, m, isa, single)
 
         with T.If(m * k <= PARALLEL):
             with T.Then(), T.serial(m) as row:
@@ -158,6 +165,7 @@ def _pack_block(
     row: Expr | int,
     m: Expr | int,
     isa: Isa,
+    single: bool,
 ) -> None:
     """Pack the `count` elements of a block; the rest of its 128 count as 0."""
     place = PackedRow(k)
@@ -211,7 +219,7 @@ def _pack_block(
     def woven(half: int) -> list[int]:
         return [half * LANES + g * 4 + j for j in range(4) for g in range(BLOCK_GROUPS)]
 
-    def single(half: int) -> list[int]:
+    def alone(half: int) -> list[int]:
         return list(range(half * LANES, (half + 1) * LANES))
 
     def linear(pair: int) -> list[int]:
@@ -234,9 +242,21 @@ def _pack_block(
         store_words(block * BLOCK_WORDS, linear)
         store_groups()
         return
+
+    def store_several() -> None:
+        with T.If(m <= woven_rows(k, isa)):
+            with T.Then():
+                store_words(block * BLOCK_WORDS, woven)
+            with T.Else():
+                store_words(block * BLOCK_WORDS, linear)
+        store_groups()
+
+    if not single:
+        store_several()
+        return
     with T.If(m == 1):
         with T.Then():
-            store_words(block * SINGLE_WORDS, single)
+            store_words(block * SINGLE_WORDS, alone)
             store(block * SINGLE_WORDS + BLOCK_WORDS, LANES, spread(scales, BLOCK_GROUPS, 4))
             # Lane 4 is the first of three vectors of zeros.
             lanes = [i // 4 if i % 4 == 0 else BLOCK_GROUPS for i in range(LANES)]
@@ -244,12 +264,7 @@ def _pack_block(
             begun = T.Shuffle([starts] + [zeros] * 3, [tirx.const(lane, "int32") for lane in lanes])
             store(block * SINGLE_WORDS + BLOCK_WORDS + LANES, LANES, begun)
         with T.Else():
-            with T.If(m <= woven_rows(k, isa)):
-                with T.Then():
-                    store_words(block * BLOCK_WORDS, woven)
-                with T.Else():
-                    store_words(block * BLOCK_WORDS, linear)
-            store_groups()
+            store_several()
 
 
 def _put(buffer: tirx.Buffer, at: int, lanes: int, new: Expr) -> None:

@@ -197,7 +197,7 @@ class _Rewriter(PyExprMutator):
             return None
         x, *stored = product.args[1].fields
         matrix = matrix_of(self.mod[product.args[0]])
-        if not supports_gated(matrix, rounding.isa):
+        if rounding.invariant or not supports_gated(matrix, rounding.isa):
             return None
         function = self.kernel(gated_matmul_kernel(matrix, rounding.isa), "gated_matmul")
         ty = relax.TensorType((product.ty.shape[0], rounding.row_words), "int32")

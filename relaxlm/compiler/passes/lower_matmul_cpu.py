@@ -44,22 +44,24 @@ class LowerMatmulCPU:
 
     Args:
         act_quant: round activations where there are kernels for it.
+        invariant: let no row's result depend on the number of rows.
     """
 
-    def __init__(self, act_quant: bool = False) -> None:
-        self.act_quant = act_quant
+    def __init__(self, act_quant: bool = False, invariant: bool = False) -> None:
+        self.act_quant, self.invariant = act_quant, invariant
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return rewrite_functions(mod, _Rewriter(mod, self.act_quant))
+        return rewrite_functions(mod, _Rewriter(mod, self.act_quant, self.invariant))
 
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, act_quant: bool) -> None:
+    def __init__(self, mod: tvm.IRModule, act_quant: bool, invariant: bool) -> None:
         super().__init__(mod)
         target = tvm.target.Target.current(allow_none=True)
         self.mod, self.unit = mod, vector_unit(target)
         self.isa = dot_products(target) if act_quant else None
+        self.invariant = invariant
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -84,16 +86,23 @@ class _Rewriter(PyExprMutator):
             return call
         dtype, out_dtype = str(weight.stored[-1].ty.dtype), str(call.ty.dtype)
         matrix = StoredMatrix(*weight.shape, weight.quant, dtype)
-        if self.isa and out_dtype == "float32" and cpu_rounded.supports(matrix, self.isa):
-            kernel = cpu_rounded.rounded_matmul_kernel(matrix, self.isa)
+        invariant = self.invariant
+        if (
+            self.isa
+            and out_dtype == "float32"
+            and cpu_rounded.supports(matrix, self.isa, invariant)
+        ):
+            kernel = cpu_rounded.rounded_matmul_kernel(matrix, self.isa, invariant)
             text = f"{matrix.n} {matrix.k} {dtype}"
             if matrix.quant is not None:
                 text += f" {format_tag(matrix.quant)}"
             kernel = kernel.with_attr(_MATRIX, text)
             function = self.builder_.add_func(kernel, "rounded_matmul")
-            x = self.rounded(x, Rounding(matrix.k, self.isa))
+            x = self.rounded(x, Rounding(matrix.k, self.isa, invariant))
         else:
-            kernel = matmul_kernel(weight.shape, weight.quant, dtype, out_dtype, self.unit)
+            kernel = matmul_kernel(
+                weight.shape, weight.quant, dtype, out_dtype, self.unit, invariant
+            )
             function = self.builder_.add_func(kernel, "matmul")
         return relax.call_tir(function, [x, *weight.stored], call.ty)
 
