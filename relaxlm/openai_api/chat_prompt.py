@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relaxlm.engine.grammar import GrammarSpec
+from relaxlm.engine.grammar import Grammar, GrammarSpec
 from relaxlm.engine.replies import ReplyParser, ToolRequest, tool_request
 from relaxlm.engine.types import GenerationRequest
 from relaxlm.errors import RequestError, TemplateError
@@ -63,21 +63,39 @@ def plan_chat(context: ServiceContext, asked: ChatCompletionRequest) -> ChatPlan
         logprobs=asked.logprobs,
         top_logprobs=asked.top_logprobs or None,
     )
-    spec = grammar_spec(asked.response_format)
-    try:
-        grammar = None if spec is None else context.grammars.compile(spec)
-    except RequestError as error:
-        raise ApiError(str(error), param="response_format") from error
     request = GenerationRequest(
         prompt.ids,
         model.settings(config),
         model.prompts.stop_token_ids,
         model.prompts.stop_strings,
-        grammar=grammar,
+        grammar=_grammar(context, asked, tools, inside),
         continuing=bool(asked.continue_final_message) or model.continues_text,
         shown_special=replies.shown_special(tools),
     )
     return ChatPlan(asked, request, lambda: replies.parser(tools, inside))
+
+
+def _grammar(
+    context: ServiceContext, asked: ChatCompletionRequest, tools: ToolRequest | None, inside: bool
+) -> Grammar | None:
+    """What makes the reply keep to `response_format` or to what was said of tools, compiled."""
+    spec, param = grammar_spec(asked.response_format), "response_format"
+    if tools is not None:
+        if spec is not None and not tools.required:
+            raise ApiError(
+                "response_format is not supported beside tools that the model may call or not: "
+                'leave one of them out, or set tool_choice to "none" or "required"',
+                param="response_format",
+            )
+        spec, param = context.replies.grammar(tools, inside), "tools"
+    elif spec is not None:
+        spec = context.replies.after_reasoning(spec, inside)
+    if spec is None:
+        return None
+    try:
+        return context.grammars.compile(spec)
+    except RequestError as error:
+        raise ApiError(str(error), param=param) from error
 
 
 def grammar_spec(wanted: ResponseFormat | None) -> GrammarSpec | None:

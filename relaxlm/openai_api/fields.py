@@ -47,6 +47,7 @@ class RequestModel(BaseModel):
             ApiError: names the field that is wrong, unknown or not supported.
         """
         try:
+            _check_text(data, "")
             return cls.model_validate(data)
         except ValidationError as error:
             raise _explained(error, data) from None
@@ -96,6 +97,26 @@ def shown(value: object) -> str:
     """A value as errors repeat it."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _check_text(value: Any, where: str) -> None:
+    """JSON can spell halves of surrogate pairs, which no text has and no reply can repeat."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ApiError(
+                f"{where or 'the request'} has {value[error.start]!a} at position {error.start}, "
+                "half of a surrogate pair and no character: send valid Unicode",
+                param=where or None,
+            ) from None
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_text(name, where)
+            _check_text(item, f"{where}.{name}" if where else str(name))
+    elif isinstance(value, list) and value and not isinstance(value[0], int):
+        for i, item in enumerate(value):
+            _check_text(item, f"{where}[{i}]")
 
 
 def _wrong(message: str, name: str) -> PydanticCustomError:

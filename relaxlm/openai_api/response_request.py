@@ -223,6 +223,13 @@ class ResponseStreamOptions(RequestModel):
     }
 
 
+class ResponseCacheOptions(CacheOptions):
+    refused: ClassVar[Mapping[str, str]] = {
+        "comparison_response_id": "nothing is stored to compare with",
+        "prewarm": "prompts are computed when they are answered",
+    }
+
+
 class ResponseRequest(IdentityFields):
     """What a client asks of /v1/responses. Nothing is stored, so `input` is the conversation."""
 
@@ -247,7 +254,7 @@ class ResponseRequest(IdentityFields):
     stream_options: ResponseStreamOptions | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
-    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_options: ResponseCacheOptions | None = None
 
     refused: ClassVar[Mapping[str, str]] = {
         "access_programs": "there are none",
