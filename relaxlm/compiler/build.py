@@ -97,6 +97,7 @@ def compile_model(
         CompileError: TVM, LLVM or nvcc failed.
     """
     config = config.with_window(options.sliding_window_size, options.attention_sink_size)
+    config = config.for_context(options.context_window_size)
     target = device.tvm_target(options.opt_level)
     seconds: dict[str, float] = {}
     clock = _Stages(seconds, progress)
@@ -127,6 +128,7 @@ def describe_model(
     a few layers are lowered to find out, whatever the model's depth.
     """
     config = config.with_window(options.sliding_window_size, options.attention_sink_size)
+    config = config.for_context(options.context_window_size)
     depth = min(config.num_hidden_layers, PLANNED_LAYERS)
     shallow = config.model_copy(
         update={"num_hidden_layers": depth, "windows": config.windows[:depth]}

@@ -7,7 +7,7 @@ one cache format.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from tvm import relax, te, tirx
@@ -36,13 +36,19 @@ class Step:
     """
 
     def __init__(self, config: DecoderConfig, positions: Tensor, cache: CacheHandle) -> None:
-        self.config, self.cache = config, cache
+        self.config, self.cache, self.positions = config, cache, positions
         self.scale = config.head_dim**-0.5
-        self.cos, self.sin = _cos_sin(positions, config.rope.inverse_frequencies(config.head_dim))
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def rotary(self, x: Tensor) -> Tensor:
-        """Rotate [n, heads, head_dim] by each token's position."""
-        return rotate(x, self.cos, self.sin)
+    def rotary(self, x: Tensor, layer: int) -> Tensor:
+        """Rotate [n, heads, head_dim] by each token's position, as the layer does it."""
+        rope = self.config.layer_rope(layer)
+        if rope is None:
+            return x
+        if rope not in self._tables:
+            frequencies = rope.inverse_frequencies(self.config.head_dim)
+            self._tables[rope] = _cos_sin(self.positions, frequencies, rope.attention_factor)
+        return rotate(x, *self._tables[rope], self.config.rope_in_pairs)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append k and v to the cache of `layer`, then attend from q to all that it holds.
@@ -78,9 +84,18 @@ def _as_argument(expr: relax.Expr) -> Tensor:
     return handle
 
 
-def _cos_sin(positions: Tensor, inverse_frequencies: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle, once for all layers: two [n, head_dim / 2] float32."""
+def _cos_sin(
+    positions: Tensor, inverse_frequencies: np.ndarray, factor: float
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle times a factor, once for all layers that share them.
+
+    Returns:
+        Two [n, rotary_dim / 2] float32.
+    """
     frequencies = Tensor.from_const(inverse_frequencies)
+
+    def scaled(value: tirx.Expr) -> tirx.Expr:
+        return value if factor == 1 else value * tirx.const(factor, "float32")
 
     def table(name: str) -> Tensor:
         function = {"cos": tirx.cos, "sin": tirx.sin}[name]
@@ -88,7 +103,7 @@ def _cos_sin(positions: Tensor, inverse_frequencies: np.ndarray) -> tuple[Tensor
         def compute(position: te.Tensor, frequency: te.Tensor) -> te.Tensor:
             return te.compute(
                 (position.shape[0], frequency.shape[0]),
-                lambda t, i: function(position[t].astype("float32") * frequency[i]),
+                lambda t, i: scaled(function(position[t].astype("float32") * frequency[i])),
                 name=name,
             )
 

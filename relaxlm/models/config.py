@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from relaxlm.errors import ConfigError, UnsupportedError
-from relaxlm.models.rope import Rope
+from relaxlm.models.rope import ROPE_LENGTHS, ROPE_TYPES, Rope
 
 # Fields of config.json that say nothing about what the compiled model computes: training settings,
 # bookkeeping of the library that wrote the file, and ids that gen_config reads by itself.
@@ -38,6 +38,8 @@ class DecoderConfig(BaseModel):
 
     # What transformers fills in for a field that config.json leaves out.
     absent: ClassVar[Mapping[str, Any]] = {}
+    # Names in the family's config.json -> names here, where they differ.
+    spelling: ClassVar[Mapping[str, str]] = {"rms_norm_eps": "norm_eps"}
 
     model_type: str
     vocab_size: PositiveInt
@@ -48,13 +50,16 @@ class DecoderConfig(BaseModel):
     num_key_value_heads: PositiveInt
     head_dim: PositiveInt
     hidden_act: Literal["silu"]
-    rms_norm_eps: float = Field(ge=0)
+    norm_eps: float = Field(ge=0)
     max_position_embeddings: PositiveInt
     rope: Rope
     tie_word_embeddings: bool
     # One window per layer, 0 for full attention; `read` fills it in from the family's spelling.
     windows: tuple[int, ...]
     attention_sinks: int = Field(ge=0)
+
+    # Whether rotary embeddings pair features 2 i and 2 i + 1.
+    rope_in_pairs: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "DecoderConfig":
@@ -80,6 +85,9 @@ class DecoderConfig(BaseModel):
             ConfigError: a missing or malformed value.
         """
         values = {**cls.absent, **{key: value for key, value in raw.items() if value is not None}}
+        for theirs, ours in cls.spelling.items():
+            if theirs in values:
+                values.setdefault(ours, values[theirs])
         heads, layers = values.get("num_attention_heads"), values.get("num_hidden_layers")
         if isinstance(heads, int) and heads > 0:
             values.setdefault("num_key_value_heads", heads)
@@ -92,20 +100,13 @@ class DecoderConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _explain(error, where) from None
+            names = {ours: theirs for theirs, ours in cls.spelling.items()}
+            raise _explain(error, where, names) from None
 
-    @staticmethod
-    def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def _rope(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Unite the old spelling (rope_theta, rope_scaling) and the new one (rope_parameters)."""
-        rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-        if "type" in rope:
-            rope.setdefault("rope_type", rope.pop("type"))
-        rope.setdefault("rope_type", "default")
-        if "rope_theta" in values:
-            rope.setdefault("rope_theta", values["rope_theta"])
-        if rope["rope_type"] == "llama3" and "max_position_embeddings" in values:
-            rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-        return rope
+        return rope_fields(values, values.get("rope_parameters") or values.get("rope_scaling"))
 
     @classmethod
     def _windows(cls, values: Mapping[str, Any], layers: int, where: str) -> tuple[int, ...]:
@@ -131,6 +132,14 @@ class DecoderConfig(BaseModel):
         """The kind of each layer where config.json has no `layer_types`."""
         return ["full_attention"] * layers
 
+    def layer_rope(self, layer: int) -> Any:
+        """The rotary embedding of a layer; None if it has none."""
+        return self.rope
+
+    def for_context(self, context: int) -> "DecoderConfig":
+        """The same model with rotary embeddings for texts of up to `context` tokens."""
+        return self.model_copy(update={"rope": self.rope.for_context(context)})
+
     @property
     def sliding_window(self) -> int:
         """Tokens after which a key is never read again; 0 if some layer reads all of them."""
@@ -149,13 +158,43 @@ class DecoderConfig(BaseModel):
 def unknown_fields(config: DecoderConfig, raw: Mapping[str, Any]) -> list[str]:
     """Fields of config.json that relaxlm neither uses nor knows to be without effect."""
     known = WITHOUT_EFFECT | set(type(config).model_fields) | set(config.absent)
+    known |= set(config.spelling)
     return sorted(key for key, value in raw.items() if key not in known and value)
 
 
-def _explain(error: ValidationError, where: str) -> ConfigError:
-    """The first problem pydantic found, in words."""
+def rope_fields(values: Mapping[str, Any], scaling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields of a rotary embedding.
+
+    Args:
+        values: config.json, which has some of them outside of `scaling`.
+        scaling: rope_parameters or rope_scaling, if there is one.
+    """
+    rope = {key: value for key, value in (scaling or {}).items() if value is not None}
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    kind = rope.setdefault("rope_type", "default")
+    if kind in _RENAMED_ROPES:
+        kind = rope["rope_type"] = _RENAMED_ROPES[kind]
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in values:
+            rope.setdefault(name, values[name])
+    for name in ROPE_LENGTHS.get(kind, ()):
+        # The trained length is where the family puts it, or the length that there is.
+        for place in (name, "max_position_embeddings"):
+            if place in values:
+                rope.setdefault(name, values[place])
+    return rope
+
+
+# Names that transformers has given up.
+_RENAMED_ROPES = {"su": "longrope", "dynamic_ntk": "dynamic"}
+
+
+def _explain(error: ValidationError, where: str, names: Mapping[str, str]) -> ConfigError:
+    """The first problem pydantic found, in words, and in config.json's own names."""
     problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in problem["loc"] if part not in ROPE_TAGS)
+    path = [str(part) for part in problem["loc"] if part not in ROPE_TYPES]
+    place = ".".join([names.get(path[0], path[0]), *path[1:]]) if path else ""
     if problem["type"] in ("literal_error", "union_tag_invalid"):
         if problem["type"] == "union_tag_invalid":
             place, found = "rope_parameters.rope_type", problem["ctx"]["tag"]
@@ -169,6 +208,3 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         )
     found = "" if place == "" else f"{place} = {problem['input']!r}: "
     return ConfigError(f"{where}: {found}{problem['msg']}")
-
-
-ROPE_TAGS = ("default", "linear", "llama3")

@@ -48,8 +48,8 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, attention: Attends, mlp: GatedMLP) -> None:
         self.self_attn = attention
         self.mlp = mlp
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, x: Tensor, step, layer: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), step, layer)
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, blocks: Sequence[Block]) -> None:
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(list(blocks))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
 def split_heads(x: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,34 +84,49 @@ def merge_heads(x: Tensor) -> Tensor:
     return op.reshape(x, (n, heads * dim))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split form of the Hugging Face checkpoints.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, in_pairs: bool = False) -> Tensor:
+    """Rotary embedding of the first features of every head; the others stay as they are.
 
-    Feature i is paired with feature i + head_dim / 2.
+    Feature i is paired with feature i + rotary_dim / 2, as in most Hugging Face checkpoints, or,
+    `in_pairs`, feature 2 i with feature 2 i + 1 (GPT-J, GLM, Cohere).
 
     Args:
         x: [n, heads, head_dim].
-        cos, sin: [n, head_dim / 2] float32.
+        cos, sin: [n, rotary_dim / 2] float32.
 
     Returns:
         [n, heads, head_dim] in the dtype of x; computed in float32.
     """
-    half = x.shape[-1] // 2
+    half = int(cos.shape[-1])
+    whole = 2 * half == int(x.shape[-1])
+    # Kernels are found by this name, and know only one form.
+    name = "rotate_pairs" if in_pairs else "rotate" if whole else "rotate_part"
 
     def compute(x: te.Tensor, cos: te.Tensor, sin: te.Tensor) -> te.Tensor:
         def element(t, h, i):
-            pair = tirx.Select(i < half, i, i - half)
-            other = tirx.Select(i < half, i + half, i - half)
-            sign = tirx.Select(i < half, tirx.const(-1.0, "float32"), tirx.const(1.0, "float32"))
+            first = (i % 2 == 0) if in_pairs else (i < half)
+            other = (
+                tirx.Select(first, i + 1, i - 1)
+                if in_pairs
+                else tirx.Select(first, i + half, i - half)
+            )
+            angle = i // 2 if in_pairs else tirx.Select(first, i, i - half)
+            sign = tirx.Select(first, tirx.const(-1.0, "float32"), tirx.const(1.0, "float32"))
             value = (
-                x[t, h, i].astype("float32") * cos[t, pair]
-                + sign * x[t, h, other].astype("float32") * sin[t, pair]
+                x[t, h, i].astype("float32") * cos[t, angle]
+                + sign * x[t, h, other].astype("float32") * sin[t, angle]
             )
             return value.astype(x.dtype)
 
-        return te.compute(x.shape, element, name="rotate")
+        if whole:
+            return te.compute(x.shape, element, name=name)
+        return te.compute(
+            x.shape,
+            lambda t, h, i: tirx.if_then_else(i < 2 * half, element(t, h, i), x[t, h, i]),
+            name=name,
+        )
 
-    return op.tensor_expr_op(compute, "rotate", [x, cos, sin])
+    return op.tensor_expr_op(compute, name, [x, cos, sin])
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:

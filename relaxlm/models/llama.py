@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         q, k, v = split_heads(self.qkv_proj(x), self.config)
-        out = step.attention(layer, step.rotary(q), step.rotary(k), v)
+        out = step.attention(layer, step.rotary(q, layer), step.rotary(k, layer), v)
         return self.o_proj(merge_heads(out))
 
 

@@ -27,12 +27,12 @@ class Attention(nn.Module):
         bias = config.attention_bias
         self.c_attn = nn.Linear(config.hidden_size, heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         q, k, v = split_heads(self.c_attn(x), self.config)
-        q, k = step.rotary(self.q_norm(q)), step.rotary(self.k_norm(k))
+        q, k = step.rotary(self.q_norm(q), layer), step.rotary(self.k_norm(k), layer)
         return self.o_proj(merge_heads(step.attention(layer, q, k, v)))
 
 

@@ -1,17 +1,43 @@
 """Which checkpoint tensors make up which parameter."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 Role = Literal["linear", "embedding", "lm_head", "vector"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the Hugging Face checkpoint."""
+    """One tensor of the Hugging Face checkpoint.
+
+    Attributes:
+        shape: in the checkpoint.
+        view: its elements in the order of the parameter's rows, as a view of the array it gets
+            (a transposition, or heads in another order); None where that is their order.
+        shift: added to every value, for norms that are stored as what they differ from 1 by.
+    """
 
     name: str
     shape: tuple[int, ...]
+    view: Callable[[np.ndarray], np.ndarray] | None = None
+    shift: float = 0.0
+
+    @property
+    def is_changed(self) -> bool:
+        return self.view is not None or self.shift != 0
+
+    def values(self, tensor: np.ndarray) -> np.ndarray:
+        """What of the parameter a tensor of the checkpoint stands for, in row-major order."""
+        found = tensor if self.view is None else np.ascontiguousarray(self.view(tensor))
+        return found + found.dtype.type(self.shift) if self.shift else found
+
+    def put_back(self, tensor: np.ndarray, values: np.ndarray) -> None:
+        """Write `values`, as `self.values` returns them, into a tensor of the checkpoint."""
+        place = tensor if self.view is None else self.view(tensor)
+        place[...] = (values - values.dtype.type(self.shift)).reshape(place.shape)
 
 
 @dataclass(frozen=True)
@@ -19,8 +45,8 @@ class ParameterSpec:
     """One parameter of the compiled model, and where its values come from.
 
     `shape` is [out, in] for matrices. `sources` are concatenated along axis 0 in the order
-    given. `role` decides how a quantization scheme stores it; a "vector" (norm, bias) is never
-    quantized.
+    given, each a whole number of its rows. `role` decides how a quantization scheme stores it; a
+    "vector" (norm, bias) is never quantized.
     """
 
     name: str

@@ -14,7 +14,7 @@ import numpy as np
 
 from relaxlm.errors import CheckpointError, WeightsError
 from relaxlm.files import format_bytes
-from relaxlm.models.weights import ParameterSpec
+from relaxlm.models.weights import ParameterSpec, Source
 from relaxlm.quantization.checkpoint import Checkpoint, shorten
 from relaxlm.quantization.container import ALIGNMENT, SHARD_BYTES, ContainerWriter
 from relaxlm.quantization.conversion_report import (
@@ -135,25 +135,30 @@ class _Parameter:
         """The arrays to fill, by the name they are stored under."""
         return {n: np.empty(shape, _numpy_dtype(d)) for n, (shape, d) in self.stored.items()}
 
-    def blocks(self) -> Iterator[tuple[StoredTensor, int, int, int]]:
-        """Rows to convert at a time: their tensor, first, past the last, and first in the whole."""
-        step, before = block_rows(self.columns), 0
-        for tensor in self.tensors:
+    def blocks(self) -> Iterator[tuple[Source, StoredTensor, int, int, int]]:
+        """Rows to convert at a time: source, tensor, first, past the last, first in the whole."""
+        before = 0
+        for source, tensor in zip(self.spec.sources, self.tensors, strict=True):
             rows = tensor.size // max(1, self.columns)
+            # Elements in another order are read all at once.
+            step = block_rows(self.columns) if source.view is None else max(1, rows)
             for first in range(0, rows, step):
-                yield tensor, first, min(first + step, rows), before + first
+                yield source, tensor, first, min(first + step, rows), before + first
             before += rows
 
     def convert(
         self,
         arrays: dict[str, np.ndarray],
+        source: Source,
         tensor: StoredTensor,
         first: int,
         last: int,
         row: int,
     ) -> "_Converted":
-        """Convert rows first .. last of a tensor into `arrays`, from row `row` on."""
+        """Convert rows first .. last of a source into `arrays`, from row `row` on."""
         read = tensor.read(first * self.columns, last * self.columns)
+        if source.is_changed:
+            read = source.values(read.reshape(tensor.shape) if source.view else read)
         values = read.reshape(-1, self.columns)
         if self.quant is not None:
             parts = {name.rpartition(".")[2]: array for name, array in arrays.items()}

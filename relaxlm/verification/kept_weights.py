@@ -74,15 +74,21 @@ def keep_weights(
 
 
 def _blocks(spec: ParameterSpec, state: Mapping[str, Any]) -> Iterator[tuple[np.ndarray, slice]]:
-    """Rows of a parameter in the reference's own memory: [r, columns], and which rows they are."""
+    """Rows of a parameter, [r, columns], and which rows they are.
+
+    They are the reference's own memory, or are written back to it when the next ones are taken.
+    """
     columns = spec.shape[-1] if len(spec.shape) > 1 else 1
     step, before = max(1, _BLOCK_VALUES // columns), 0
     for source in spec.sources:
-        tensor = state[source.name].numpy().reshape(-1, columns)
-        for start in range(0, len(tensor), step):
-            values = tensor[start : start + step]
+        tensor = state[source.name].numpy()
+        rows = source.values(tensor).reshape(-1, columns)
+        for start in range(0, len(rows), step):
+            values = rows[start : start + step]
             yield values, slice(before + start, before + start + len(values))
-        before += len(tensor)
+        if source.is_changed:
+            source.put_back(tensor, rows)
+        before += len(rows)
 
 
 class _Stored:

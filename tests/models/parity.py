@@ -60,7 +60,8 @@ def stored_parameters(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
     scheme = get_scheme(scheme_name)
     stored = {}
     for spec in models.parameter_specs(models.load_config(raw)):
-        parts = [state[source.name].numpy() for source in spec.sources]
+        parts = [source.values(state[source.name].numpy()) for source in spec.sources]
+        parts = [part.reshape(-1, *spec.shape[1:]) for part in parts]
         value = np.concatenate(parts) if len(parts) > 1 else parts[0]
         assert value.shape == spec.shape, spec
         quant = scheme.for_role(spec.role)
@@ -76,11 +77,13 @@ def dequantized_state(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
     for spec in models.parameter_specs(models.load_config(raw)):
         quant = scheme.for_role(spec.role)
         for source in spec.sources:
-            value = state[source.name].numpy()
+            tensor = state[source.name].numpy().copy()
+            value = source.values(tensor).reshape(-1, *spec.shape[1:])
             kept = quant.dequantize(quant.quantize(value), value.shape) if quant else None
             if kept is None:
                 kept = _cast(value, scheme.dtype).astype(np.float32)
-            result[source.name] = torch.from_numpy(kept)
+            source.put_back(tensor, kept)
+            result[source.name] = torch.from_numpy(tensor)
     return result
 
 

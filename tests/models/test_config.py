@@ -48,7 +48,12 @@ def test_number_of_kv_heads_defaults_to_that_of_heads() -> None:
     "rope",
     [
         {"rope_type": "default"},
+        {"rope_type": "default", "partial_rotary_factor": 0.25},
         {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5},
+        {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+        {"rope_type": "proportional", "partial_rotary_factor": 0.75, "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 4.0},
         {
             "rope_type": "llama3",
             "factor": 8.0,
@@ -56,17 +61,64 @@ def test_number_of_kv_heads_defaults_to_that_of_heads() -> None:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
+        {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "rope_type": "yarn",
+            "factor": None,
+            "original_max_position_embeddings": 64,
+            "truncate": False,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 4096,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "attention_factor": 1.25,
+            "original_max_position_embeddings": 4096,
+        },
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0 + i / 64 for i in range(64)],
+            "long_factor": [1.0 + i / 4 for i in range(64)],
+            "original_max_position_embeddings": 64,
+        },
     ],
-    ids=lambda rope: rope["rope_type"],
+    ids=lambda rope: "-".join(str(value)[:8] for value in rope.values()),
 )
-def test_inverse_frequencies_are_those_of_transformers(rope: dict) -> None:
+@pytest.mark.parametrize("context", [60, 256, 700])
+def test_inverse_frequencies_are_those_of_transformers(rope: dict, context: int) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     raw = tiny_config("llama", head_dim=128, rope_parameters={**rope, "rope_theta": 500000.0})
-    theirs = LlamaRotaryEmbedding(transformers.AutoConfig.for_model(**raw)).inv_freq.numpy()
-    ours = models.load_config(raw).rope.inverse_frequencies(128)
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, theirs, rtol=2e-7, atol=0)
+    config = transformers.AutoConfig.for_model(**raw)
+    kind = rope["rope_type"]
+    if kind == "default":
+        raw_dim = int(128 * rope.get("partial_rotary_factor", 1.0))
+        config.head_dim = raw_dim
+        theirs, factor = LlamaRotaryEmbedding(config).inv_freq, 1.0
+    else:
+        theirs, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=context)
+    ours = models.load_config(raw).for_context(context).rope
+    frequencies = ours.inverse_frequencies(128)
+    assert frequencies.dtype == np.float32
+    np.testing.assert_allclose(frequencies, theirs.numpy(), rtol=1e-6, atol=0)
+    assert ours.attention_factor == pytest.approx(factor, rel=1e-12)
+    assert 2 * len(frequencies) == ours.rotary_dim(128)
 
 
 def test_old_and_new_spelling_of_rope_are_one() -> None:
@@ -91,9 +143,10 @@ BAD = {
         "config.json: hidden_act = 'gelu' is not supported: Input should be 'silu'",
     ),
     "rope": (
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-        "config.json: rope_parameters.rope_type = 'yarn' is not supported: "
-        "Input should be 'default', 'linear', 'llama3'",
+        {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        "config.json: rope_parameters.rope_type = 'mrope' is not supported: "
+        "Input should be 'default', 'linear', 'proportional', 'dynamic', 'llama3', 'yarn', "
+        "'longrope'",
     ),
     "rope-field": (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}},

@@ -24,6 +24,26 @@ VARIANTS = {
     "llama-linear-rope": tiny_config(
         "llama", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
     ),
+    "llama-yarn": tiny_config(
+        "llama",
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 5000.0,
+        },
+    ),
+    # Where transformers has the long table already at the first token, and keeps it.
+    "llama-longrope": tiny_config(
+        "llama",
+        rope_parameters={
+            "rope_type": "longrope",
+            "short_factor": [1.0 + i / 8 for i in range(8)],
+            "long_factor": [1.0 + i for i in range(8)],
+            "original_max_position_embeddings": 64,
+            "rope_theta": 5000.0,
+        },
+    ),
     "llama-wide-heads": tiny_config("llama", head_dim=24, hidden_size=80),
     "mistral": tiny_config("mistral", sliding_window=None),
     "mistral-window": tiny_config("mistral", sliding_window=21),
