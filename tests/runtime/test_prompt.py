@@ -34,6 +34,10 @@ def config(**changes: Any) -> ChatConfigFile:
     return ChatConfigFile.parse(content | changes)
 
 
+def tool(name: str = "f", **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
 def level(settings: dict[str, Any] | None = None) -> Tokenizer:
     return Tokenizer(byte_level_json().encode(), settings or {"eos_token": "<|im_end|>"})
 
@@ -102,7 +106,9 @@ def test_several_templates_and_variables() -> None:
     templates = {"default": "D{{ mood }}", "tool_use": "T{{ tools[0].name }}"}
     builder = PromptBuilder(config(relaxlm={"chat_template": templates}), level())
     assert builder.text(HELLO, variables={"mood": "!"}) == "D!"
-    assert builder.text(HELLO, tools=[{"name": "f"}]) == "Tf"
+    templates["tool_use"] = "T{{ tools[0].function.description }}"
+    builder = PromptBuilder(config(relaxlm={"chat_template": templates}), level())
+    assert builder.text(HELLO, tools=[tool(description="f")]) == "Tf"
 
 
 def test_text_parts_are_joined() -> None:
@@ -156,7 +162,9 @@ def test_a_model_without_any_template() -> None:
 
 
 # Chat requests with the ids of Mistral's own tokenizer: version -> vocabulary and samples. Left out
-# are get_weather_*, whose requests the published templates order in another way.
+# are get_weather_*, where a tool's result is JSON, and in v2 parallel_calls, which has two results
+# in a row: Mistral's own tokenizer writes the first as an object and the second as one list, and
+# the published templates write them as text and one by one.
 MISTRAL = {
     "v1": ("v1", ["no_tools"]),
     "v2": ("v3", ["no_tools", "several_calls"]),
@@ -185,3 +193,176 @@ def test_ids_of_real_chat_requests(version: str) -> None:
         tools = request.get("tools") or None
         ids = PromptBuilder(chosen, tokenizer).encode(request["messages"], tools=tools)
         assert ids == json.loads(path.read_text("utf-8"))["tokens"]
+
+
+# Tools
+
+CALLS: list[dict[str, Any]] = [
+    {"role": "user", "content": "hi"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {"name": "f", "arguments": '{"ä": "<1>"}'},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "sunny"}]},
+]
+WRITES_TOOLS = (
+    "{% for t in tools or [] %}<{{ t.function.name }}:{{ t.function.description }}>{% endfor %}"
+)
+WRITES_CALLS = (
+    "{% for m in messages %}{{ m.role }}={{ m.content }};"
+    "{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}({{ c.function.arguments | tojson }});"
+    "{% endfor %}{% endfor %}"
+)
+
+
+def with_template(source: str) -> PromptBuilder:
+    return PromptBuilder(config(relaxlm={"chat_template": source}), level(), "dist/m")
+
+
+def test_calls_and_results_in_the_shape_of_clients() -> None:
+    builder = with_template(WRITES_TOOLS + WRITES_CALLS)
+    assert builder.text(CALLS, tools=[tool(description="F")]) == (
+        '<f:F>user=hi;assistant=;f({"ä": "<1>"});tool=sunny;'
+    )
+    as_object = json.loads(json.dumps(CALLS))
+    as_object[1]["tool_calls"][0]["function"]["arguments"] = {"ä": "<1>"}
+    assert builder.text(as_object) == builder.text(CALLS)
+
+
+@pytest.mark.parametrize("calls", [None, []])
+def test_no_calls_are_no_calls(calls: Any) -> None:
+    message = {"role": "assistant", "content": "x", "tool_calls": calls}
+    builder = with_template("{{ 'tool_calls' in messages[0] }}")
+    assert builder.text([message]) == "False"
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("x", "tool_calls[0] is no call of a function: expected an object with function"),
+        ({}, "tool_calls[0] is no call of a function: expected an object with function"),
+        ({"function": {}}, "tool_calls[0].function.name is missing: expected text"),
+        (
+            {"function": {"name": "f", "arguments": "{"}},
+            "tool_calls[0].function.arguments is not JSON: Expecting property name enclosed in "
+            "double quotes: line 1 column 2 (char 1)",
+        ),
+        (
+            {"function": {"name": "f", "arguments": "[1]"}},
+            "tool_calls[0].function.arguments is of type list: expected a JSON object",
+        ),
+    ],
+)
+def test_calls_of_another_shape(call: Any, expected: str) -> None:
+    message = {"role": "assistant", "tool_calls": [call]}
+    with pytest.raises(RequestError) as caught:
+        with_template(WRITES_CALLS).text([*HELLO, message])
+    assert str(caught.value) == f"message 1: {expected}"
+
+
+def test_calls_without_arguments() -> None:
+    for arguments in ({"arguments": ""}, {"arguments": None}, {}):
+        message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", **arguments}}]}
+        assert with_template(WRITES_CALLS).text([message]) == "assistant=;f({});"
+
+
+def test_a_template_without_a_place_for_tools_refuses_them() -> None:
+    with pytest.raises(TemplateError) as caught:
+        with_template(WRITES_CALLS).text(HELLO, tools=[tool(description="F")])
+    assert str(caught.value) == (
+        "dist/m: chat template 'default' has no place for tools: send none, or give the model's "
+        "folder a template that writes them"
+    )
+    with pytest.raises(TemplateError) as caught:
+        with_template("{{ messages[0].content }}").text(CALLS)
+    assert str(caught.value) == (
+        "dist/m: chat template 'default' leaves out messages of the role tool"
+    )
+    with pytest.raises(TemplateError) as caught:
+        with_template(CHATML).text(CALLS[:2])
+    assert str(caught.value) == (
+        "dist/m: chat template 'default' has no place for the tool_calls of earlier messages: send "
+        "none, or give the model's folder a template that writes them"
+    )
+
+
+def test_a_conv_template_without_a_place_for_tools_refuses_them() -> None:
+    builder = PromptBuilder(config(conv_template=TEMPLATE), fallback())
+    with pytest.raises(TemplateError, match="conversation template test has no place for tools"):
+        builder.text(HELLO, tools=[tool()])
+    with pytest.raises(TemplateError, match="conversation template test has no place for the tool"):
+        builder.text(CALLS[:2])
+
+
+def test_a_conv_template_of_the_hermes_format() -> None:
+    hermes = TEMPLATE | {
+        "roles": {"user": "U:", "assistant": "A:", "tool": "T:"},
+        "system_template": "{system_message}{hermes_tools} as <tool_call>{}</tool_call> ",
+    }
+    builder = PromptBuilder(config(conv_template=hermes), fallback())
+    assert builder.text(CALLS, tools=[tool()]).split(" as <tool_call>{}</tool_call> ") == [
+        '[{"type": "function", "function": {"name": "f"}}]',
+        'U:hi A:<tool_call>\n{"name": "f", "arguments": {"ä": "<1>"}}\n</tool_call> T:sunny A:',
+    ]
+    assert "<tool_call>" in builder.sources["test"]
+
+
+def test_the_developer_s_message_is_the_system_s() -> None:
+    messages = [{"role": "developer", "content": "be brief"}]
+    assert with_template("{{ messages[0].role }}").text(messages) == "system"
+    knows = "{{ messages[0].role }}{# developer #}"
+    assert with_template(knows).text(messages) == "developer"
+    conversation = PromptBuilder(config(conv_template=TEMPLATE), fallback())
+    assert conversation.text(messages) == "be briefox"
+
+
+def test_variables_of_one_request_do_not_change_what_others_get() -> None:
+    source = "{% if bad %}{{ raise_exception('bad') }}{% endif %}" + WRITES_TOOLS + WRITES_CALLS
+    builder = with_template(source)
+    with pytest.raises(TemplateError, match="bad"):
+        builder.text(CALLS, tools=[tool(description="F")], variables={"bad": True})
+    assert "sunny" in builder.text(CALLS, tools=[tool(description="F")])
+
+
+def test_sources_tell_what_a_model_writes() -> None:
+    assert with_template("abc").sources == {"default": "abc"}
+    assert PromptBuilder(config(), level()).sources == {}
+
+
+@needs_shared_data
+def test_tools_in_the_templates_of_real_models() -> None:
+    """Each writes the tool, the call with its arguments, and the result; or refuses."""
+    refused = {}
+    tools = [tool(description="tells the weather", parameters={"type": "object"})]
+    for path in sorted((SHARED / "tokenizers").glob("**/*.jinja")):
+        name = str(path.relative_to(SHARED / "tokenizers"))
+        settings = {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
+        chosen = config(relaxlm={"chat_template": path.read_text("utf-8")})
+        builder = PromptBuilder(chosen, level(settings))
+        try:
+            text = builder.text(CALLS, tools=tools)
+        except TemplateError as reason:
+            refused[name] = str(reason).split(":")[0].removeprefix("chat template 'default' ")
+            continue
+        for part in ("tells the weather", "<1>", "ä", "sunny"):
+            assert part in text, (name, part)
+        assert "None" not in text and "&#34;" not in text, name
+    no_tools = "has no place for tools"
+    no_results = "leaves out messages of the role tool"
+    assert refused == {
+        "deepseek/chat_template.deepseek-ai-DeepSeek-R1-Distill-Llama-8B.jinja": no_tools,
+        "deepseek/chat_template.deepseek-ai-DeepSeek-R1-Distill-Qwen-32B.jinja": no_tools,
+        "deepseek/chat_template.deepseek-ai-DeepSeek-V3.1.jinja": no_tools,
+        "gemma/chat_template.gemma-2-2b-it.jinja": no_results,
+        "mistral/chat_template.v1.jinja": no_results,
+        "phi-3/chat_template.Phi-3.5-mini-instruct.jinja": no_results,
+        "rwkv/chat_template.rwkv-world.jinja": no_results,
+    }
