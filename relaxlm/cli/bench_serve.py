@@ -23,7 +23,7 @@ def bench_serve(
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar="RELAXLM_API_KEY", help="Key of the running server."),
+        typer.Option("--api-key", envvar="RELAXLM_API_KEY", help="Key of the server."),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Name to ask for. Default: the first listed.")
@@ -138,7 +138,8 @@ def _server(
             raise typer.BadParameter("--model-lib and --options are for a FOLDER, not for --url")
         yield Server.parse(url, api_key)
         return
-    server = Server(HOST, free_port())
+    # A key in the environment is the started server's, too.
+    server = Server.parse(f"http://{HOST}:{free_port()}", api_key)
     words = [*shlex.split(options), *(["--model-lib", str(model_lib)] if model_lib else [])]
     with running(relaxlm_command(str(folder), server.port, words), f"{server.root}/health"):
         yield server

@@ -168,6 +168,76 @@ class ServingBenchmark:
         }
 
 
+class LoadGenerator:
+    """Measures one load after another on a server.
+
+    No two prompts are alike but for the shared prefix, in all loads together.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        traffic: Traffic,
+        dialect: Dialect,
+        prompts: Prompts,
+        rng: random.Random,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.traffic, self.dialect, self.prompts = traffic, dialect, prompts
+        self._server, self._rng, self._progress = server, rng, progress
+
+    @classmethod
+    async def connect(
+        cls,
+        server: Server,
+        traffic: Traffic,
+        model: str | None = None,
+        route: Route = "chat",
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> "LoadGenerator":
+        """Get to know a server, and let it answer one request that does not count.
+
+        Args:
+            model: the name to ask for; None: the first that the server lists.
+
+        Raises:
+            RequestError: the server can't be reached or does not reply.
+        """
+        rng = random.Random(traffic.seed)
+        progress("ask what the server understands")
+        dialect, prompts = await get_to_know(server, model, route, traffic.limit, rng)
+        prompts.share(traffic.shared_prefix)
+        made = cls(server, traffic, dialect, prompts, rng, progress)
+        progress("first request")
+        await made._ask(made._job())
+        return made
+
+    async def measure(
+        self, load: Load, requests: int | None = None
+    ) -> tuple[Measured, list[Exchange]]:
+        """Put a load on the server, of as many requests as the traffic says or as given here."""
+        jobs = [self._job() for _ in range(requests or self.traffic.requests)]
+        done = 0
+
+        async def ask(job: Job) -> Exchange:
+            nonlocal done
+            made = await self._ask(job)
+            done += 1
+            self._progress(f"{load.name}: {done} of {len(jobs)}")
+            return made
+
+        made = await run_load(load, jobs, ask, self._rng)
+        return measure(load.name, made), made
+
+    def _ask(self, job: Job) -> Awaitable[Exchange]:
+        return exchange(self._server, self.dialect, *job, self.traffic.limit)
+
+    def _job(self) -> Job:
+        traffic = self.traffic
+        tokens = self._rng.randint(*traffic.prompt)
+        return Job(self.prompts.make(tokens), tokens, self._rng.randint(*traffic.output))
+
+
 async def run(
     server: Server,
     loads: Sequence[Load],
@@ -176,40 +246,7 @@ async def run(
     route: Route = "chat",
     progress: Callable[[str], None] = lambda text: None,
 ) -> ServingBenchmark:
-    """Measure each load, after one request that does not count.
-
-    No two prompts are alike but for the shared prefix, in all loads together.
-
-    Args:
-        model: the name to ask for; None: the first that the server lists.
-
-    Raises:
-        RequestError: the server can't be reached or does not reply.
-    """
-    rng = random.Random(traffic.seed)
-    progress("ask what the server understands")
-    dialect, prompts = await get_to_know(server, model, route, traffic.limit, rng)
-    done = 0
-
-    async def ask(job: Job) -> Exchange:
-        nonlocal done
-        made = await exchange(server, dialect, *job, traffic.limit)
-        done += 1
-        progress(f"{load.name}: {done} of {traffic.requests}")
-        return made
-
-    prompts.share(traffic.shared_prefix)
-    found = []
-    for load in loads:
-        progress(f"{load.name}: first request")
-        await exchange(server, dialect, *_job(traffic, prompts, rng), traffic.limit)
-        jobs = [_job(traffic, prompts, rng) for _ in range(traffic.requests)]
-        done = 0
-        made = await run_load(load, jobs, ask, rng)
-        found.append((measure(load.name, made), made))
-    return ServingBenchmark(dialect, prompts.exact, traffic, found)
-
-
-def _job(traffic: Traffic, prompts: Prompts, rng: random.Random) -> Job:
-    tokens = rng.randint(*traffic.prompt)
-    return Job(prompts.make(tokens), tokens, rng.randint(*traffic.output))
+    """Measure each load. Arguments and errors are those of `LoadGenerator.connect`."""
+    generator = await LoadGenerator.connect(server, traffic, model, route, progress)
+    found = [await generator.measure(load) for load in loads]
+    return ServingBenchmark(generator.dialect, generator.prompts.exact, traffic, found)

@@ -185,6 +185,7 @@ class Exchange:
         prompt_tokens, output_tokens: as the server counted them; where it does not, the prompt's
             planned length, and one token for each piece of text or the limit that was reached.
         cached_tokens: of the prompt, found in the server's prefix cache; None if it does not say.
+        queued: seconds before the server began with it; None if it does not say.
         start: when the request was due. end: when the reply was complete, or had failed.
         pieces: when each piece of text came. Several tokens can make up one piece: the bytes of a
             character, or tokens that came while the reader was busy.
@@ -196,6 +197,7 @@ class Exchange:
     start: float
     output_tokens: int = 0
     cached_tokens: int | None = None
+    queued: float | None = None
     pieces: list[float] = field(default_factory=list)
     end: float = 0.0
     error: str = ""
@@ -270,6 +272,7 @@ async def _read_reply(server: Server, dialect: Dialect, text: str, made: Exchang
         return
     made.prompt_tokens, made.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
     made.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    made.queued = (usage.get("extra") or {}).get("queue_s")  # relaxlm's
 
 
 def _parse(data: str) -> dict[str, Any]:

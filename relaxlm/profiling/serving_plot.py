@@ -12,6 +12,7 @@ from relaxlm.profiling.serving_report import Measured, Spread, gaps
 _BINS = 40
 # Percentiles, from dark to light.
 _COLORS = {"p50": "#24476b", "p90": "#3b6ea5", "p99": "#9dbbdc"}
+_LINES = {"p50": "-", "p90": "--", "p99": ":"}
 _OUT, _IN, _WAIT = "#5a9e6f", "#b8741a", "#c9c9c9"
 
 
@@ -57,18 +58,11 @@ def _draw_histogram(axes, values: list[float], spread: Spread | None, title: str
     # A few long waits would leave no room for the rest.
     edges = np.linspace(0, max(spread.p99 * 1.25e3, 1e-3), _BINS + 1)
     axes.hist(np.clip(values, 0, edges[-1]), edges, color=_COLORS["p90"])
-    for name in _COLORS:
+    for name, style in _LINES.items():
         value = getattr(spread, name) * 1e3
-        axes.axvline(value, color="#333333", linewidth=1, linestyle=":")
-        axes.annotate(
-            f"{name}\n{value:.3g}",
-            (value, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(2, -2),
-            textcoords="offset points",
-            verticalalignment="top",
-            fontsize=8,
-        )
+        label = f"{name}: {value:.1f}"
+        axes.axvline(value, color="#222222", linewidth=1, linestyle=style, label=label)
+    axes.legend(fontsize=8, frameon=False)
     axes.set_ylabel("how many")
 
 

@@ -39,9 +39,10 @@ class Measured:
         seconds: from the first request until the last was answered.
         prompt_tokens, output_tokens: of all requests.
         cached_tokens: of the prompts, found in the server's prefix cache; None if it does not say.
-        first: from a request until the first piece of its reply. Its `max` is the longest wait.
+        queued: in the server, before it began with a request; None if it does not say.
+        first: from a request until the first piece of its reply.
         gaps: between one piece of text and the next.
-        per_token: from the first piece to the last, per token after the first.
+        per_token: from the first piece to the reply's end, per token after the first.
         whole: from a request to its reply's end.
         fairness: Jain's index of the replies' tokens per second: 1 if all are equally fast, 1/n if
             one of n gets everything.
@@ -54,6 +55,7 @@ class Measured:
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int | None
+    queued: Spread | None
     first: Spread | None
     gaps: Spread | None
     per_token: Spread | None
@@ -85,6 +87,7 @@ def measure(name: str, made: Sequence[Exchange]) -> Measured:
         sum(one.prompt_tokens for one in good),
         sum(one.output_tokens for one in good),
         sum(cached) if cached else None,
+        Spread.of([one.queued for one in good if one.queued is not None]),
         Spread.of([one.pieces[0] - one.start for one in good if one.pieces]),
         Spread.of([gap for one in good for gap in gaps(one)]),
         Spread.of(per_token),
@@ -98,10 +101,13 @@ def gaps(one: Exchange) -> list[float]:
 
 
 def seconds_per_token(one: Exchange) -> float | None:
-    """Of decoding: after the first piece; None for replies of one."""
+    """Of decoding: after the first piece; None for replies of one.
+
+    The last token often gives no piece, for it ends the reply.
+    """
     if len(one.pieces) < 2 or one.output_tokens < 2:
         return None
-    return (one.pieces[-1] - one.pieces[0]) / (one.output_tokens - 1)
+    return (one.end - one.pieces[0]) / (one.output_tokens - 1)
 
 
 def jain(values: Sequence[float]) -> float | None:
@@ -141,6 +147,7 @@ def tables(found: Sequence[Measured]) -> list[str]:
 
 def _spreads(one: Measured) -> list[tuple[str, Spread | None]]:
     return [
+        ("in queue", one.queued),
         ("first token", one.first),
         ("between tokens", one.gaps),
         ("per token", one.per_token),

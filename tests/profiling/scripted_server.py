@@ -74,7 +74,8 @@ def piece(text: str, finish: str | None = None) -> dict[str, Any]:
 def usage(prompt: int, output: int, cached: int) -> dict[str, Any]:
     details = {"cached_tokens": cached}
     counts = {"prompt_tokens": prompt, "completion_tokens": output}
-    return {"choices": [], "usage": {**counts, "prompt_tokens_details": details}}
+    more = {"prompt_tokens_details": details, "extra": {"queue_s": 0.25}}
+    return {"choices": [], "usage": {**counts, **more}}
 
 
 Answer = Callable[[str, str, dict[str, Any]], Reply]

@@ -68,6 +68,7 @@ def test_times_are_those_of_the_pieces() -> None:
     assert [time - made.start for time in made.pieces] == pytest.approx([0.75, 0.875, 2.875])
     assert made.end - made.start == pytest.approx(3.625)
     assert (made.prompt_tokens, made.output_tokens, made.cached_tokens) == (11, 4, 8)
+    assert made.queued == 0.25
 
 
 def test_tokens_of_a_server_that_does_not_count() -> None:
@@ -327,8 +328,8 @@ def test_spread_and_fairness() -> None:
 def synthetic() -> list[Exchange]:
     """Two replies, one twice as fast as the other, and a failure."""
     return [
-        Exchange(100, 5, 10.0, 5, 60, [10.5, 10.6, 10.7, 10.8, 10.9], 11.0),
-        Exchange(300, 5, 10.0, 5, 20, [11.0, 11.4, 11.8], 12.0),
+        Exchange(100, 5, 10.0, 5, 60, 0.25, [10.5, 10.6, 10.7, 10.8, 10.9], 10.9),
+        Exchange(300, 5, 10.0, 5, 20, None, [11.0, 11.4], 11.8),
         Exchange(100, 5, 10.0, end=14.0, error="HTTP 500: x"),
     ]
 
@@ -341,9 +342,9 @@ def test_a_load_is_summed_up() -> None:
     assert found.cached_share == pytest.approx(0.2)
     assert found.first is not None and found.first.mean == pytest.approx(0.75)
     assert found.gaps is not None and found.gaps.max == pytest.approx(0.4)
-    # Five tokens in three pieces: four steps of 0.2 s.
+    # Five tokens in two pieces: four steps of 0.2 s.
     assert found.per_token is not None and found.per_token.max == pytest.approx(0.2)
-    assert found.whole is not None and found.whole.max == pytest.approx(2)
+    assert found.whole is not None and found.whole.max == pytest.approx(1.8)
     assert found.fairness == pytest.approx(225 / 250)
 
 
@@ -351,9 +352,10 @@ def test_tables() -> None:
     lines = tables([measure("x", synthetic())])
     assert lines[0].split("  ")[-3:] == ["from cache", "fairness", "errors"]
     assert lines[1].split() == ["x", "0.50", "100.0", "2.5", "20%", "0.900", "1"]
-    assert [line.split()[1] for line in lines[4:8]] == ["first", "between", "per", "whole"]
-    assert lines[4].split()[3:] == ["750.0", "750.0", "950.0", "995.0", "1000.0"]
-    assert lines[8] == "x: 1 x HTTP 500: x"
+    assert [line.split()[1] for line in lines[4:9]] == ["in", "first", "between", "per", "whole"]
+    assert lines[4].split()[3:] == ["250.0"] * 5
+    assert lines[5].split()[3:] == ["750.0", "750.0", "950.0", "995.0", "1000.0"]
+    assert lines[9] == "x: 1 x HTTP 500: x"
 
 
 def test_nothing_but_errors() -> None:
@@ -390,7 +392,7 @@ def test_a_whole_run() -> None:
     assert pairs.gaps == Spread(*[pytest.approx(1)] * 5) and pairs.output_tokens == 16
     assert all(20 <= one.prompt_tokens <= 30 for one in made)
     prompts = [content_of(body) for _, path, body in scripted.asked if path.endswith("completions")]
-    assert len(set(prompts)) == len(prompts) == 1 + 2 * (1 + 4)
+    assert len(set(prompts)) == len(prompts) == 2 + 2 * 4
     assert len({tuple(prompt.split()[:9]) for prompt in prompts[1:]}) == 1
     assert said[-1] == "all at once: 4 of 4"
     content = json.loads(json.dumps(found.as_json()))
