@@ -148,12 +148,7 @@ def conversation_prompt(
     """
     assert asked.messages is not None
     _check_answers(asked.messages)
-    if tools is not None and not context.reads("tools"):
-        raise ApiError(
-            "tools is not supported: this model's chat template shows no tools to the model",
-            param="tools",
-        )
-    messages = [_plain(context, message) for message in asked.messages]
+    messages = [_plain(message) for message in asked.messages]
     final = bool(asked.continue_final_message)
     generation = not final and asked.add_generation_prompt is not False
     shown = None if tools is None else list(tools.tools)
@@ -161,10 +156,16 @@ def conversation_prompt(
     if prompts.source == "none":
         return _without_template(context, asked.messages)
 
-    def render(given: list[dict[str, Any]]) -> str:
+    def render(given: list[dict[str, Any]], shown: Sequence[Any] | None = shown) -> str:
         return prompts.text(given, generation, shown, variables)
 
-    messages, text = _rendered(messages, render)
+    try:
+        text = render(messages)
+    except TemplateError as error:
+        if shown is None:
+            raise
+        render(messages, None)  # fails as well if it is not for the tools
+        raise api_error(error, "tools") from error
     _check_names(messages, text, render)
     encode = context.model.tokenizer.encode
     ids = encode(text, add_special_tokens=False)
@@ -178,13 +179,11 @@ def conversation_prompt(
     return ChatPrompt(text, ids)
 
 
-def _plain(context: ServiceContext, message: Message) -> dict[str, Any]:
+def _plain(message: Message) -> dict[str, Any]:
     """A message as templates read it."""
     data = message.model_dump(mode="json", exclude_none=True, exclude={"annotations"})
     if isinstance(data.get("content"), list):
         data["content"] = [{"type": "text", "text": part["text"]} for part in data["content"]]
-    if data["role"] == "developer" and not context.reads("developer"):
-        data["role"] = "system"  # its name before OpenAI's models that reason
     if isinstance(message, AssistantMessage):
         data.setdefault("content", None)
         for call in data.get("tool_calls", ()):
@@ -192,52 +191,26 @@ def _plain(context: ServiceContext, message: Message) -> dict[str, Any]:
     return data
 
 
-def _rendered(
-    messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]
-) -> tuple[list[dict[str, Any]], str]:
-    """The messages that the template takes, and the text.
-
-    OpenAI's arguments of calls are JSON text. Most templates want the object; some, the text.
-    """
-    objects = [_with_objects(message, i) for i, message in enumerate(messages)]
-    try:
-        return objects, render(objects)
-    except TemplateError as error:
-        if objects == messages:
-            raise
-        try:
-            return messages, render(messages)
-        except TemplateError:
-            raise error from None
-
-
-def _with_objects(message: dict[str, Any], index: int) -> dict[str, Any]:
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for i, call in enumerate(message["tool_calls"]):
-        where = f"messages[{index}].tool_calls[{i}].function.arguments"
-        try:
-            arguments = json.loads(call["function"]["arguments"] or "{}")
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise ApiError(f"{where}: expected the JSON text of an object", param=where)
-        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return {**message, "tool_calls": calls}
-
-
 def _check_answers(messages: Sequence[Message]) -> None:
-    """Every tool message answers a call before it."""
-    known: set[str] = set()
+    """Every tool message answers a call before it; if it names a function, then that call's."""
+    called: dict[str, str] = {}
     for i, message in enumerate(messages):
         if isinstance(message, AssistantMessage):
-            known.update(call.id for call in message.tool_calls or ())
-        elif isinstance(message, ToolMessage) and message.tool_call_id not in known:
+            called |= {call.id: call.function.name for call in message.tool_calls or ()}
+        if not isinstance(message, ToolMessage):
+            continue
+        name = called.get(message.tool_call_id)
+        if name is None:
             raise ApiError(
                 f"messages[{i}].tool_call_id = {message.tool_call_id!r} answers no call: expected "
                 "the id of one in an assistant's message before it",
                 param=f"messages[{i}].tool_call_id",
+            )
+        if message.name not in (None, name):
+            raise ApiError(
+                f"messages[{i}].name = {message.name!r}, but the call {message.tool_call_id!r} is "
+                f"of the function {name!r}",
+                param=f"messages[{i}].name",
             )
 
 
@@ -245,7 +218,8 @@ def _check_names(
     messages: list[dict[str, Any]], text: str, render: Callable[[list[dict[str, Any]]], str]
 ) -> None:
     """Refuse names that change nothing of the prompt, because the template does not read them."""
-    for role in dict.fromkeys(message["role"] for message in messages if "name" in message):
+    named = [message["role"] for message in messages if "name" in message]
+    for role in dict.fromkeys(role for role in named if role != "tool"):
         nameless = [
             {key: value for key, value in message.items() if key != "name"}
             if message["role"] == role

@@ -72,17 +72,15 @@ class ServiceContext:
 
     def reads(self, name: str) -> bool:
         """Whether the model's chat templates speak of a variable, key or role of this name."""
-        if self.model.prompts.source == "conv_template":
-            return name in ("messages", "system", "tools")
         return any(
             re.search(rf"\b{re.escape(name)}\b", source)
-            for source in self.model.config.chat_templates.values()
+            for source in self.model.prompts.sources.values()
         )
 
     @cached_property
     def replies(self) -> ReplyFormat:
         """How the model writes reasoning and tool calls."""
-        return reply_format(self.model.config.chat_templates, self.model.tokenizer)
+        return reply_format(self.model.prompts.sources, self.model.tokenizer)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
