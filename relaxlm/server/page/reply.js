@@ -63,7 +63,8 @@ function readUsage({ extra, ...usage }) {
 function describe(error) {
   if (error instanceof ServerError) {
     const { kind, message, field, retryAfter } = error;
-    return { kind, message: field ? `${message} (${field})` : message, retryAfter };
+    const told = !field || message.includes(field);
+    return { kind, message: told ? message : `${message} (${field})`, retryAfter };
   }
   return { kind: "stream", message: `The server’s answer can’t be read: ${error.message}` };
 }

@@ -248,34 +248,33 @@ def test_hostile_text_does_nothing(page: Page, server: PageServer) -> None:
 DEEP = 20_000
 
 
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        "*a " * DEEP,
-        "*" * DEEP + "a" + "*" * DEEP,
-        "**a* " * DEEP,
-        "[" * DEEP + "]" * DEEP,
-        "[a](" * DEEP,
-        "![" * DEEP + "](https://a.example)" * 100,
-        "`" + "``a" * DEEP,
-        "$a" * DEEP,
-        "> " * DEEP + "a",
-        "- " * DEEP + "a",
-        "1. a\n  " * DEEP,
-        "|" * DEEP + "\n" + "|-" * DEEP,
-        "a|b\n" * DEEP,
-        "# " + "#" * DEEP + " a" + " " * DEEP + "b",
-        "http://" * DEEP,
-        "<http://" * DEEP,
-        "\\[" * DEEP,
-        " " * DEEP + "-" + " " * DEEP + "x",
-    ],
-    ids=lambda text: ascii(text[:12]),
+# What takes more than linear time, or nests without limit, would not come back from these.
+HARD = (
+    "*a " * DEEP,
+    "*" * DEEP + "a" + "*" * DEEP,
+    "**a* " * DEEP,
+    "[" * DEEP + "]" * DEEP,
+    "[a](" * DEEP,
+    "![" * DEEP + "](https://a.example)" * 100,
+    "`" + "``a" * DEEP,
+    "$a" * DEEP,
+    "> " * DEEP + "a",
+    "- " * DEEP + "a",
+    "1. a\n  " * DEEP,
+    "|" * DEEP + "\n" + "|-" * DEEP,
+    "a|b\n" * DEEP,
+    "# " + "#" * DEEP + " a" + " " * DEEP + "b",
+    "http://" * DEEP,
+    "<http://" * DEEP,
+    "\\[" * DEEP,
+    " " * DEEP + "-" + " " * DEEP + "x",
 )
-def test_hostile_text_does_not_hang_the_page(page: Page, hostile: str) -> None:
-    """What takes more than linear time or nests without limit would not come back from here."""
-    (html,) = page.evaluate(RENDER, [hostile])
-    assert html
+
+
+def test_hostile_text_does_not_hang_the_page(page: Page) -> None:
+    for hostile in HARD:
+        (html,) = page.evaluate(RENDER, [hostile])
+        assert html, hostile[:20]
 
 
 def test_events_may_be_cut_anywhere(page: Page) -> None:
