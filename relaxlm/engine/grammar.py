@@ -16,6 +16,7 @@ for all copies of it. Whatever goes wrong inside llguidance is a RequestError.
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -39,7 +40,6 @@ _Result = TypeVar("_Result")
 _LIMITS = {
     "initial_lexer_fuel": 1_000_000,  # to build the regular expressions
     "max_grammar_size": 200_000,  # symbols
-    "max_items_in_row": 2_000,
     "step_lexer_fuel": 200_000,  # for one mask
     "step_max_items": 50_000,  # for one mask
     "max_lexer_states": 50_000,  # 1 to 2 kB each, over the whole reply
@@ -48,6 +48,11 @@ _LIMITS = {
     # Messages would hold the reply so far.
     "verbose_errors": False,
 }
+# States of the parser at one place of the text. An ambiguous grammar takes time by their square or
+# cube, and `accept` holds the interpreter's lock meanwhile: 25 ms at worst for 1000. JSON is never
+# ambiguous, but has four for each property that may be left out.
+_ROW_LIMITS = {"lark": 1_000}
+_ROW_LIMIT = 2_000
 # llguidance is recursive in places; a chain of thousands of rules needs some megabytes.
 _COMPILE_STACK_BYTES = 256 << 20
 _CACHED_SOURCES = 64
@@ -63,10 +68,13 @@ class GrammarSpec:
             fits the schema; "regex" a text that matches as a whole, in the syntax of Rust's regex
             crate; "lark" a grammar in llguidance's dialect; "choice" one of several texts.
         source: the schema, the expression, the grammar, or a JSON list of texts.
+        trusted: a lark grammar of relaxlm's own; those of requests are checked, and may not have
+            everything that llguidance takes.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "lark", "choice"]
     source: str = ""
+    trusted: bool = False
 
 
 class GrammarCompiler:
@@ -99,20 +107,26 @@ class GrammarCompiler:
         tokens = vocabulary.llguidance()
 
         def build() -> Any:
-            limits = llguidance.LLParserLimits(**_LIMITS)
-            return llguidance.LLMatcher(tokens, lark, log_level=0, limits=limits)
+            limits = llguidance.LLParserLimits(
+                **_LIMITS, max_items_in_row=_ROW_LIMITS.get(spec.kind, _ROW_LIMIT)
+            )
+            matcher = llguidance.LLMatcher(tokens, lark, log_level=0, limits=limits)
+            # Shows whether any text matches, and whether the beginning is within the limits.
+            trial = matcher.deep_copy()
+            trial.compute_bitmask()
+            return trial if trial.is_error() else matcher
 
-        matcher = _guarded("the grammar cannot be compiled", lambda: _on_large_stack(build))
-        if matcher.is_error():
-            raise RequestError(f"{_NAMES[spec.kind]}: {_shortened(matcher.get_error())}")
-        return Grammar(matcher, vocabulary)
+        start = _guarded("the grammar cannot be compiled", lambda: _on_large_stack(build))
+        if start.is_error():
+            raise RequestError(f"{_NAMES[spec.kind]}: {_explained(start.get_error(), spec.kind)}")
+        return Grammar(start, vocabulary)
 
     def _source(self, spec: GrammarSpec) -> str:
         with self._lock:
             if spec in self._lark:
                 self._lark.move_to_end(spec)
                 return self._lark[spec]
-        lark = lark_source(spec.kind, spec.source)
+        lark = lark_source(spec.kind, spec.source, spec.trusted)
         with self._lock:
             self._lark[spec] = lark
             while len(self._lark) > _CACHED_SOURCES:
@@ -177,7 +191,9 @@ class Matcher:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing but a stop token may follow."""
+        """Whether nothing but a stop token may follow. False where that shows only in the mask,
+        as for a grammar of the empty text.
+        """
         return self._state.is_stopped()
 
     def fork(self) -> Matcher:
@@ -227,6 +243,24 @@ def _on_large_stack(call: Callable[[], _Result]) -> _Result:
 
 
 _stack_size_lock = threading.Lock()
+
+
+def _explained(message: str, kind: str) -> str:
+    """llguidance's message, without places in a text that the request did not write."""
+    if message.startswith(_NO_TEXT):
+        return "no text matches it"
+    if _ONE_OF in message:
+        return "oneOf: not supported if two alternatives may fit the same value: use anyOf"
+    if kind != "lark":
+        message = _QUOTED_LINES.split(message)[0]
+        message = _PLACE.sub("", message)
+    return _shortened(message)
+
+
+_NO_TEXT = "NoExtensionBias"
+_ONE_OF = "oneOf constraints are not supported"
+_QUOTED_LINES = re.compile(r"\n\s*\d+ \| ")
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 
 
 def _shortened(message: str) -> str:
