@@ -96,7 +96,7 @@ class Server(uvicorn.Server):
         if running:
             _log.info("shutting down; up to %g s for %d running requests", drain, running)
         self._api.lifetime.closing = True
-        end = asyncio.get_running_loop().call_later(drain, self._api.lifetime.ended.set)
+        end = asyncio.get_running_loop().call_later(drain, self._api.lifetime.end)
         try:
             await super().shutdown(sockets)
         finally:

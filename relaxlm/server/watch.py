@@ -19,12 +19,29 @@ class Lifetime:
 
     Attributes:
         closing: new requests are refused.
-        ended: set when the time of running ones is over.
+        ended: the time of running ones is over.
     """
 
     def __init__(self) -> None:
-        self.closing = False
-        self.ended = asyncio.Event()
+        self.closing = self.ended = False
+        # Not one asyncio.Event: it belongs to one event loop, and an application may have several.
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def end(self) -> None:
+        """Stop working on what still runs; from any event loop."""
+        self.closing = self.ended = True
+        for waiting in tuple(self._waiting):
+            waiting.get_loop().call_soon_threadsafe(waiting.cancel)
+
+    async def wait_for_end(self) -> None:
+        if self.ended:
+            return
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiting)
+        try:
+            await asyncio.wait([waiting])
+        finally:
+            self._waiting.discard(waiting)
 
 
 class Deadline:
@@ -58,7 +75,7 @@ async def watched(
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
-    ended = asyncio.ensure_future(lifetime.ended.wait())
+    ended = asyncio.ensure_future(lifetime.wait_for_end())
     tasks: set[asyncio.Future[Any]] = {task, gone, ended}
     try:
         await asyncio.wait(tasks, timeout=deadline.left(), return_when=asyncio.FIRST_COMPLETED)
