@@ -82,7 +82,7 @@ class ReplyStream(Generic[Chunk]):
             if failed is not None:
                 failed(error)
             if self._named:
-                data = {"type": "error", **error.details(), "sequence_number": sequence}
+                data = {**error.details(), "type": "error", "sequence_number": sequence}
                 yield self._event("error", json.dumps(data))
                 return
             yield self._event(None, json.dumps(error.body()))
