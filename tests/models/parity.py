@@ -154,3 +154,35 @@ def reference_logits(model: transformers.PreTrainedModel, ids: np.ndarray) -> np
     """[n] token ids to [n, vocab] float32."""
     with torch.no_grad():
         return model(torch.from_numpy(ids[None].astype(np.int64))).logits[0].float().numpy()
+
+
+def check_parity(raw: dict) -> None:
+    """Logits are those of transformers for one prefill, for chunks, and token by token."""
+    model = reference_model(raw)
+    params = stored_parameters(raw, dict(model.state_dict()), "q0f32")
+    compiled = Compiled(raw, params, "q0f32")
+    # 70 tokens: past several pages, past the windows, past the original lengths of ropes.
+    ids = np.random.default_rng(5).integers(0, VOCAB, 70)
+    expected = reference_logits(model, ids)
+    for chunks in ([70], [16, 1, 33, 20], [1] * 70):
+        (logits,) = compiled.run([ids], chunks)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5, err_msg=str(chunks))
+
+
+def compiled_and_reference(
+    raw: dict, scheme: str, overrides: str
+) -> tuple[Compiled, transformers.PreTrainedModel]:
+    """A compiled tiny model, and transformers with the values that the scheme keeps."""
+    model = reference_model(raw)
+    state = dict(model.state_dict())
+    compiled = Compiled(raw, stored_parameters(raw, state, scheme), scheme, overrides)
+    model.load_state_dict(dequantized_state(raw, state, scheme), strict=False)
+    return compiled, model
+
+
+def check_quantized(raw: dict, scheme: str = "q4f16_1") -> None:
+    """A preset computes what transformers computes with the values that the preset keeps."""
+    compiled, model = compiled_and_reference(raw, scheme, "kv_cache_dtype=float32")
+    ids = np.random.default_rng(7).integers(0, VOCAB, 37)
+    (logits,) = compiled.run([ids], [20, 1, 16])
+    np.testing.assert_allclose(logits, reference_logits(model, ids), rtol=1e-4, atol=1e-5)

@@ -59,16 +59,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_match_transformers(variant: str) -> None:
-    raw = VARIANTS[variant]
-    model = parity.reference_model(raw)
-    params = parity.stored_parameters(raw, dict(model.state_dict()), "q0f32")
-    compiled = Compiled(raw, params, "q0f32")
-    # 70 tokens: past several pages, past the window, past the original length of llama3's rope.
-    ids = np.random.default_rng(5).integers(0, parity.VOCAB, 70)
-    expected = parity.reference_logits(model, ids)
-    for chunks in ([70], [16, 1, 33, 20], [1] * 70):
-        (logits,) = compiled.run([ids], chunks)
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5, err_msg=str(chunks))
+    parity.check_parity(VARIANTS[variant])
 
 
 def test_sequences_in_one_step_do_not_touch_each_other() -> None:

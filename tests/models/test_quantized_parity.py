@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from relaxlm.quantization.kv_cache import KV_FORMATS
 from relaxlm.quantization.schemes import SCHEMES
 from tests.models import parity
-from tests.models.parity import Compiled, tiny_config
+from tests.models.parity import compiled_and_reference, tiny_config
 
 # Rows of 72 and 64 elements: neither is a multiple of a group of 40, one is of 32. Kernels take
 # most of the time to compile, and these sizes give four matrices of two shapes in every layer.
@@ -23,15 +23,6 @@ MODELS = {
     # Biases, and an embedding that doubles as head.
     "qwen2": tiny_config("qwen2", **SIZES, tie_word_embeddings=True),
 }
-
-
-def compiled_and_reference(raw: dict, scheme: str, overrides: str):
-    """A compiled tiny model, and transformers with the values that the scheme keeps."""
-    model = parity.reference_model(raw)
-    state = dict(model.state_dict())
-    compiled = Compiled(raw, parity.stored_parameters(raw, state, scheme), scheme, overrides)
-    model.load_state_dict(parity.dequantized_state(raw, state, scheme), strict=False)
-    return compiled, model
 
 
 # With a tied embedding: quantized along rows while the other matrices are not, not quantized at
@@ -44,11 +35,7 @@ TIED = ("q4f16_0", "q4f16_2", "q3f16_1", "q0bf16")
     [*(("llama", scheme) for scheme in SCHEMES), *(("qwen2", scheme) for scheme in TIED)],
 )
 def test_a_preset_computes_with_the_values_it_keeps(name: str, scheme: str) -> None:
-    compiled, model = compiled_and_reference(MODELS[name], scheme, "kv_cache_dtype=float32")
-    ids = np.random.default_rng(7).integers(0, parity.VOCAB, 37)
-    expected = parity.reference_logits(model, ids)
-    (logits,) = compiled.run([ids], [20, 1, 16])
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    parity.check_quantized(MODELS[name], scheme)
 
 
 # Largest error of a logit, as a share of the largest logit: against an exact cache, and against a
