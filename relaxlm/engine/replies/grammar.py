@@ -11,7 +11,6 @@ are any object.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -113,7 +112,7 @@ class ReplyGrammar:
             group = self._group(rules, request.functions, bodies, several, after_space=True)
             rules.add("FREE", self._free(inside))
             answer = f"({group} | FREE)"
-        return GrammarSpec("lark", rules.source(f"{thinking} {answer}"))
+        return GrammarSpec("lark", rules.source(f"{thinking} {answer}"), trusted=True)
 
     def after_reasoning(self, spec: GrammarSpec, inside: bool) -> GrammarSpec:
         """The same for the answer alone: a model that reasons may do so first.
@@ -129,7 +128,7 @@ class ReplyGrammar:
         body = lark_source(spec.kind, spec.source)
         assert body.startswith("start:")
         answer = "answer:" + body.removeprefix("start:")
-        return GrammarSpec("lark", rules.source(f"{start} answer") + answer)
+        return GrammarSpec("lark", rules.source(f"{start} answer") + answer, trusted=True)
 
     def _thinking(self, rules: Rules, inside: bool) -> str:
         if self._channels:
@@ -247,10 +246,6 @@ def arguments_rule(function: Function, required: bool) -> str:
     Args:
         required: a call is required, so that the model is held to the schema as far as possible.
     """
-    if function.strict:
-        return json_rule(dict(function.parameters))
-    if not required:
+    if not required and not function.strict:
         return json_rule({"type": "object"})
-    schema = json.loads(json_rule(dict(function.parameters)).removeprefix("%json "))
-    schema["x-guidance"]["lenient"] = True
-    return "%json " + json.dumps(schema)
+    return json_rule(dict(function.parameters), lenient=not function.strict)

@@ -59,6 +59,8 @@ def read_harmony(reader: Reader, sink: Sink, calls: bool) -> Wait:
                 sink.content(text)
             if mark is None and not text:
                 return
+        if not (yield from reader.peek()):
+            return
         with_header = mark == START or (yield from _header_is_next(reader))
 
 

@@ -57,7 +57,9 @@ def _argument(
     types = value_types(function.name, key, [function])
     value: str
     if "string" not in types:
-        rule = rules.add(f"value_{name}", json_rule(_alone(schema, function.parameters)))
+        rule = rules.add(
+            f"value_{name}", json_rule(_alone(schema, function.parameters), not function.strict)
+        )
         value = f"{rule} {rules.text(after)}"
     elif texts := _texts(schema):
         value = f"({' | '.join(literal(text) for text in texts)}) {rules.text(after)}"
@@ -87,8 +89,8 @@ def _texts(schema: Any) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value) for value in values]
 
 
-def _alone(schema: Any, root: Mapping[str, Any]) -> Any:
+def _alone(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
     """A part of a schema with what it may refer to."""
     if not isinstance(schema, Mapping):
-        return schema
+        schema = {}
     return {**{key: root[key] for key in _DEFINITIONS if key in root}, **schema}

@@ -26,16 +26,20 @@ from relaxlm.engine.replies.tools import Function
 
 @dataclass(frozen=True)
 class ArgumentTags:
-    """key_begin KEY key_end VALUE, one of value_ends; `end` behind the last argument."""
+    """key_begin KEY key_end value_begin VALUE, one of value_ends; `end` behind the last argument.
+
+    Without value_begin a value begins behind key_end and a line end.
+    """
 
     key_begin: str
     key_end: str
+    value_begin: str | None
     value_ends: tuple[str, ...]
     end: str
 
 
-QWEN = ArgumentTags("<parameter=", ">", ("\n</parameter>", "</parameter>"), "</function>")
-GLM = ArgumentTags("<arg_key>", "</arg_key>", ("</arg_value>",), "</tool_call>")
+QWEN = ArgumentTags("<parameter=", ">", None, ("\n</parameter>", "</parameter>"), "</function>")
+GLM = ArgumentTags("<arg_key>", "</arg_key>", "<arg_value>", ("</arg_value>",), "</tool_call>")
 
 
 def qwen_call(reader: Reader, sink: Sink, functions: Sequence[Function]) -> Wait:
@@ -63,24 +67,32 @@ def _arguments(
     separator = "{"
     while another:
         reader.forget()
-        key = ""
-        mark = None
-        while mark is None:
-            before, mark = yield from reader.until([tags.key_end])
-            key += before
-            if mark is None and not before:
-                return  # the reply ends here, and so do the arguments
+        key = yield from _past(reader, tags.key_end)
+        if key is None:
+            return  # the reply ends here, and so do the arguments
         sink.arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
         separator = ", "
-        if tags is GLM:
-            yield from reader.skip_after_space("<arg_value>")
-        else:
+        if tags.value_begin is None:
             yield from reader.skip("\n")
+        elif (yield from _past(reader, tags.value_begin)) is None:
+            return
         if not (yield from _value(reader, sink, tags, value_types(name, key, functions))):
             return
         another = yield from reader.skip_after_space(tags.key_begin)
     sink.arguments("}" if separator == ", " else "{}")
     yield from reader.skip_after_space(tags.end)
+
+
+def _past(reader: Reader, mark: str) -> Generator[None, None, str | None]:
+    """The text up to a mark, which is gone past; None if the reply ends before."""
+    text = ""
+    while True:
+        before, found = yield from reader.until([mark])
+        text += before
+        if found is not None:
+            return text
+        if not before:
+            return None
 
 
 def _value(
