@@ -2,7 +2,8 @@
 
 A command is a function in a file of its own, imported when it is asked for; its name, in
 underscores, is also the file's. Hyphens do for underscores everywhere on the command line, in the
-names of commands, options and choices alike.
+names of commands, options and choices alike; in the names of commands, a space does, too:
+`relaxlm bench serve`.
 
 Exit codes: 0 done; 1 a RelaxLMError, a file that can't be read or written, or a command's own
 verdict (`verify`, `doctor`); 2 a command line that can't be parsed; 70 an error that relaxlm did
@@ -23,8 +24,8 @@ from relaxlm.errors import RelaxLMError
 
 # In the order of `relaxlm --help`; relaxlm/cli/NAME.py has the function NAME.
 COMMANDS = (
-    *("convert_weight", "gen_config", "compile", "chat", "verify"),
-    *("bench", "profile", "tune", "build", "estimate", "demo", "doctor"),
+    *("convert_weight", "gen_config", "compile", "chat", "serve", "verify"),
+    *("bench", "bench_serve", "profile", "tune", "build", "estimate", "demo", "doctor"),
 )
 
 FAILED = 1
@@ -66,6 +67,12 @@ class _Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         self.commands = _LazyCommands()
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        two_words = "_".join(args[:2])
+        if len(args) > 1 and two_words in COMMANDS:
+            args = [two_words, *args[2:]]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -120,7 +127,8 @@ def relaxlm(
 ) -> None:
     """Compile open language models into one fast library per device, and run them.
 
-    Hyphens do for underscores in the names of commands and options.
+    Hyphens do for underscores in the names of commands and options, and in those of commands a
+    space does, too: bench serve.
     """
     if debug:
         os.environ["RELAXLM_DEBUG"] = "1"

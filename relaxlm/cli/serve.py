@@ -161,7 +161,7 @@ def serve(
     max_body: Annotated[
         int, typer.Option("--max-body", min=1, help="Largest request, in MiB.")
     ] = 8,
-    max_connections: Annotated[int, typer.Option("--max-connections", min=1)] = 512,
+    max_connections: Annotated[int, typer.Option("--max-connections", min=1, help="Open at a time.")] = 512,
     request_timeout: Annotated[
         float,
         typer.Option("--request-timeout", min=0, help="Seconds for one request; 0: no limit."),
@@ -198,14 +198,14 @@ def serve(
     from relaxlm.engine.config import EngineConfig
     from relaxlm.server.app import ApiServer
     from relaxlm.server.run import Server, bind, connection_limit
-    from relaxlm.server.settings import MIB, ServerSettings, gather_api_keys
+    from relaxlm.server.settings import MIB, ServerSettings, check_origin, gather_api_keys
 
     settings = ServerSettings(
         api_keys=gather_api_keys(api_key or [], api_key_file),
         open_metrics=open_metrics,
         model_name=model_name,
         strict_model_name=strict_model_name,
-        cors_origins=tuple(cors_origin or ()),
+        cors_origins=tuple(check_origin(origin) for origin in cors_origin or ()),
         allowed_hosts=tuple(allowed_host or ()),
         host=host,
         max_body=max_body * MIB,
