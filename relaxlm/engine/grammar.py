@@ -196,6 +196,25 @@ class Matcher:
         """
         return self._state.is_stopped()
 
+    def forced(self) -> list[int]:
+        """The tokens of the only text that can come next, as far as there is only one, cut as the
+        tokenizer cuts it; empty if there is none. A draft for speculative decoding: that text is
+        certain, but a mask allows every way to cut it. The last token is left out unless the reply
+        ends behind it, because it may be cut in one with what follows.
+
+        Raises:
+            RequestError: a limit was hit.
+        """
+        state = self._run(self._state.deep_copy)
+        text = self._run(state.compute_ff_bytes)
+        tokens = self._vocabulary.cut(text)
+        fitting = self._run(lambda: state.validate_tokens(tokens)) if tokens else 0
+        if fitting < len(tokens):
+            return tokens[:fitting]
+        for token in tokens:
+            state.try_consume_tokens([token])
+        return tokens if state.is_stopped() else tokens[:-1]
+
     def fork(self) -> Matcher:
         """A matcher that goes on from here on its own."""
         return Matcher(self._run(self._state.deep_copy), self._vocabulary)

@@ -39,6 +39,7 @@ _LARK = re.compile(
     | (?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 # What of the dialect the engine would have to act on.
 _REFUSED_OPTIONS = frozenset(("stop", "temperature"))
 
@@ -49,7 +50,7 @@ def lark_source(kind: str, source: str, trusted: bool = False) -> str:
     Raises:
         RequestError: too large, or not what `kind` says.
     """
-    size = len(source.encode("utf-8", "replace"))
+    size = len(source.encode("utf-8", "surrogatepass"))
     if size > SOURCE_LIMIT_BYTES:
         raise RequestError(
             f"the grammar has {size} bytes, at most {SOURCE_LIMIT_BYTES} are taken: shorten it"
@@ -66,6 +67,8 @@ def lark_source(kind: str, source: str, trusted: bool = False) -> str:
         body = source if trusted else _checked(source)
     else:
         raise RequestError(f"grammar kind {kind!r} is not known")
+    if _HALF_PAIR.search(body):
+        raise RequestError("the grammar has half of a surrogate pair, which is no character")
     return body + _OPTIONS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import threading
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,15 @@ class GrammarVocabulary:
     def has(self, token: int) -> bool:
         """Whether a token stands for anything."""
         return 0 <= token < self.vocab_size and bool(self._usable[token])
+
+    def cut(self, text: bytes) -> list[int]:
+        """A text as the tokenizer cuts it, up to its last whole character; empty where that needs
+        other bytes, as in vocabularies that put a space in front of a text.
+        """
+        characters = codecs.getincrementaldecoder("utf-8")("ignore").decode(text)
+        tokens = self._tokenizer.encode(characters, add_special_tokens=False)
+        whole = b"".join(map(self._tokenizer.token_bytes, tokens))
+        return tokens if whole == characters.encode() else []
 
     def llguidance(self) -> Any:
         """The LLTokenizer; the first call makes it: half a second for 150 000 tokens.

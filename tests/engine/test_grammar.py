@@ -144,6 +144,41 @@ def test_a_fork_goes_its_own_way() -> None:
     assert not follow(matcher.fork(), "w") and follow(matcher.fork(), "r") and follow(matcher, "t")
 
 
+def test_forced_tokens_are_those_of_the_only_text() -> None:
+    """The text in front of a choice, without the token that may be cut in one with what follows."""
+    matcher = compiled("regex", "the cat sat on the (mat|dog)").matcher()
+    forced = matcher.forced()
+    assert forced == byte_level().encode("the cat sat on the ", False)[:-1]
+    assert len(forced) < len("the cat sat on the")
+    for token in forced:
+        assert token in allowed(matcher)
+        matcher.accept(token)
+    assert not matcher.forced() and len(allowed(matcher)) > 1
+    assert follow(matcher, " m")
+    assert matcher.forced() == byte_level().encode("at", False)
+    assert not complete(matcher)  # asking has changed nothing
+    assert follow(matcher, "at") and matcher.ended and not matcher.forced()
+
+
+def test_forced_text_ends_with_a_whole_character() -> None:
+    matcher = compiled("choice", ["é🙂", "é🙃"]).matcher()  # these two differ in the last byte
+    forced = matcher.forced()
+    assert forced == byte_level().encode("é", False)[:-1] and forced
+    assert follow(matcher, "é🙂".encode()[:3]) and matcher.forced() == []
+
+
+def test_text_that_the_tokenizer_cuts_into_other_bytes_is_not_forced() -> None:
+    """A name of a special token is its id to the tokenizer, and text to a grammar."""
+    matcher = compiled("choice", ["a<|im_end|>b"]).matcher()
+    forced = matcher.forced()
+    assert not STOPS & set(forced)
+    for token in forced:
+        matcher.accept(token)
+    sentence_piece = GrammarCompiler(byte_fallback(), 300, stops(byte_fallback()))
+    matcher = sentence_piece.compile(GrammarSpec("choice", '["日ab"]')).matcher()
+    assert matcher.forced() == byte_fallback().encode("日ab", False)
+
+
 def test_characters_may_be_cut_over_tokens() -> None:
     matcher = compiled("choice", ["🙂", "é"]).matcher()
     assert follow(matcher, "🙂".encode()[:3])
