@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from relaxlm.engine.replies import ReplyFormat, reply_format
 from relaxlm.engine.types import Update
+from relaxlm.errors import BusyError
 from relaxlm.openai_api.errors import ApiError
 from relaxlm.versions import RELAXLM_VERSION
 
@@ -54,8 +55,16 @@ class ServiceContext:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     async def in_thread(self, call: Callable[..., Result], *args: Any) -> Result:
-        """Run slow work beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+        """Run slow work beside the event loop.
+
+        Raises:
+            BusyError: the service is closed.
+        """
+        try:
+            work = asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+        except RuntimeError:
+            raise BusyError("the engine has ended", closing=True) from None
+        return await work
 
     def check_model(self, asked: str | None) -> None:
         """
