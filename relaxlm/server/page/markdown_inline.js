@@ -15,9 +15,8 @@ const PLAIN = /[^\\`*_~[\]!<$\nh]+/y;
 
 /** The address if a link may lead there, else null: no javascript:, no data:, nothing relative. */
 export function safeAddress(address) {
-  if (!/^(https?:\/\/|mailto:)/i.test(address)) return null;
   try {
-    const url = new URL(address);
+    const url = new URL(address); // throws for a relative one
     return ["http:", "https:", "mailto:"].includes(url.protocol) ? url.href : null;
   } catch {
     return null;

@@ -135,6 +135,7 @@ def test_enter_does_not_send_while_a_reply_is_written(page: Page, server: PageSe
     finished(page)
     assert len(server.requests) == 1
     expect(field(page)).to_have_value("Me first!")
+    expect(page.get_by_text("Stopped.")).to_have_count(0)
 
 
 def test_regenerating_keeps_the_versions(page: Page, server: PageServer) -> None:
@@ -211,7 +212,9 @@ def test_a_reply_goes_on_while_another_conversation_is_open(page: Page, server: 
     expect(page.locator(".reply")).to_have_count(0)
     expect(page.get_by_role("img", name="writing")).to_be_visible()
     ask(page, "Quick one")
-    live.put({"content": ", second half"})
+    live.put({"content": ", second half. "})
+    page.wait_for_timeout(1700)  # for what screen readers are told
+    expect(page.get_by_role("log", name="Reply")).not_to_contain_text("second half")
     page.get_by_role("button", name="Slow one", exact=True).click()
     expect(last_reply(page)).to_contain_text("First half, second half")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()

@@ -266,6 +266,10 @@ def test_a_phone_is_wide_enough(open_page: OpenPage, server: PageServer) -> None
     server.answers.append(Answer(text(WIDE)))
     ask(page, "long" * 100)
     assert overflow(page) == [0, 0]
+    for wide in (".code-block pre", ".table-scroll", ".math-block"):
+        box = last_reply(page).locator(wide)
+        box.evaluate("(box) => box.scrollBy(50, 0)")
+        assert box.evaluate("(box) => box.scrollLeft") == 50, f"{wide} does not scroll"
     page.get_by_role("button", name="first token").tap()
     assert overflow(page) == [0, 0]
     menu = page.get_by_role("button", name="Conversations", exact=True)

@@ -278,7 +278,7 @@ def test_hostile_text_does_not_hang_the_page(page: Page) -> None:
 
 
 def test_events_may_be_cut_anywhere(page: Page) -> None:
-    stream = ': ping\r\n\r\ndata: {"a"}\r\n\r\nevent: x\ndata:b\ndata:  c\n\n'
+    stream = ': ping\r\n\r\ndata: {"a"}\r\n\r\nevent: x\ndata:b\r\ndata:  c\n\n'
     stream += "data: é\r\rdata: [DONE]\n\n"
     expected = ['{"a"}', "b\n c", "é", "[DONE]"]
     results = page.evaluate(
