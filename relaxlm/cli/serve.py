@@ -161,7 +161,9 @@ def serve(
     max_body: Annotated[
         int, typer.Option("--max-body", min=1, help="Largest request, in MiB.")
     ] = 8,
-    max_connections: Annotated[int, typer.Option("--max-connections", min=1, help="Open at a time.")] = 512,
+    max_connections: Annotated[
+        int, typer.Option("--max-connections", min=1, help="Open at a time.")
+    ] = 512,
     request_timeout: Annotated[
         float,
         typer.Option("--request-timeout", min=0, help="Seconds for one request; 0: no limit."),

@@ -65,7 +65,7 @@ class Access:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._open = open_paths | ({"/metrics"} if settings.open_metrics else frozenset())
         self._keys = [_digest(key) for key in settings.api_keys]
-        self._origins = frozenset(origin.rstrip("/") for origin in settings.cors_origins)
+        self._origins = frozenset(settings.cors_origins)
         names = (*settings.allowed_hosts, settings.host)
         self._hosts = frozenset(name.lower().rstrip(".") for name in names)
         # With a key, a page from elsewhere that got itself this server's address has no use of it.
@@ -114,7 +114,7 @@ class Access:
             ipaddress.ip_address(name)
         except ValueError:
             return False
-        return not self._settings.allowed_hosts or self._settings.loopback
+        return True
 
     def _origin_allowed(self, origin: str, host: str) -> bool:
         if "*" in self._origins or origin in self._origins:

@@ -7,6 +7,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from relaxlm.errors import ConfigError
 
@@ -81,6 +82,22 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower().rstrip(".") == "localhost"
+
+
+def check_origin(origin: str) -> str:
+    """An origin as browsers spell it.
+
+    Raises:
+        ConfigError: it has a path, no scheme, or nothing at all.
+    """
+    parts = urlsplit(origin)
+    spelled = f"{parts.scheme}://{parts.netloc}".lower()
+    if origin in ("*", "null") or (parts.scheme and parts.netloc and spelled == origin.lower()):
+        return origin.lower()
+    raise ConfigError(
+        f"--cors-origin {origin}: expected scheme, host and port as https://example.com:8443, "
+        "without a path or a last slash; * for all"
+    )
 
 
 def gather_api_keys(given: list[str], file: Path | None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from relaxlm.errors import ConfigError
-from relaxlm.server.settings import ServerSettings, gather_api_keys, is_loopback
+from relaxlm.server.settings import ServerSettings, check_origin, gather_api_keys, is_loopback
 from tests.server.serving import Running, fake_api, running
 
 BODY = {"prompt": "a"}
@@ -98,6 +98,7 @@ def test_names_may_be_allowed() -> None:
     with running(fake_api(allowed_hosts=("gpu-box.lan",))) as server:
         assert ask(server, host="GPU-box.lan:8000").status_code == 200
         assert ask(server, host="other.lan").status_code == 403
+        assert ask(server, host="127.0.0.1").status_code == 200
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1"])
@@ -138,6 +139,14 @@ def test_cors_is_off_unless_asked_for(locked: Running) -> None:
     )
     assert before.status_code == 401
     assert "access-control-allow-origin" not in before.headers
+
+
+def test_origins_are_spelled_as_browsers_do() -> None:
+    for origin in ("*", "null", "https://example.com", "http://localhost:3000"):
+        assert check_origin(origin) == origin
+    for origin in ("example.com", "https://example.com/", "https://example.com/chat", ""):
+        with pytest.raises(ConfigError, match="expected scheme, host and port"):
+            check_origin(origin)
 
 
 def test_a_network_needs_a_key_or_a_decision() -> None:
