@@ -66,8 +66,13 @@ class Executor:
         machine = tvm_runtime.machine(library.module, self.device)
         self._forward, self._copy = machine["forward"], machine["copy_pages"]
         self._hidden, self._embed = machine["hidden_states"], machine["embed"]
+        # What `download` finds out about every tensor is known of these.
+        self._read = tvm_runtime.download if self.on_gpu else np.from_dlpack
         self.limits, self.vocab_size = self.metadata.limits, self.metadata.vocab_size
         self._staging = _aligned_empty(0)
+        self._staged_sizes: list[int] = []
+        self._staged_arrays: list[np.ndarray] = []
+        self._staged_tensors: list[Any] = []
         self._kv = _array(
             [
                 self._empty_pages(tensor.shape, tensor.dtype)
@@ -109,10 +114,10 @@ class Executor:
         self._check(input_ids, len(tables.kv_lengths), len(logit_positions))
         # Kernels read where they are told to.
         assert len(input_ids) == tables.row_offsets[-1] == len(tables.slots)
-        assert 0 <= logit_positions.min() and logit_positions.max() < len(input_ids)
+        first, last = _bounds(logit_positions)
+        assert 0 <= first and last < len(input_ids)
         inputs = self._inputs((input_ids, *tables, logit_positions))
-        logits = self._forward(*inputs, self._kv, self._params)
-        return tvm_runtime.download(logits)
+        return self._read(self._forward(*inputs, self._kv, self._params))
 
     def hidden_states(self, tables: BatchTables, input_ids: np.ndarray) -> list[np.ndarray]:
         """The residual stream [n, hidden] float32 before the first layer and after each, and the
@@ -138,42 +143,54 @@ class Executor:
             self._copy(self._kv, *self._inputs((sources, targets)))
 
     def _check(self, input_ids: np.ndarray, sequences: int, rows: int) -> None:
-        limits = self.limits
+        limits, tokens = self.limits, len(input_ids)
         # The planned buffers have room for this much and no more.
-        for what, count, limit, option in (
-            ("tokens", len(input_ids), limits.prefill_chunk_size, "prefill_chunk_size"),
-            ("sequences", sequences, limits.max_batch_size, "max_batch_size"),
-            ("rows of logits", rows, limits.max_batch_size, "max_batch_size"),
-        ):
-            if count > limit:
-                raise ContextOverflowError(
-                    f"a step with {count} {what}: {self.library.path} was compiled for {limit}; "
-                    f'compile with --overrides "{option}={count}"'
+        if tokens > limits.prefill_chunk_size:
+            raise self._too_many("tokens", tokens, "prefill_chunk_size")
+        if sequences > limits.max_batch_size:
+            raise self._too_many("sequences", sequences, "max_batch_size")
+        if rows > limits.max_batch_size:
+            raise self._too_many("rows of logits", rows, "max_batch_size")
+        if tokens:
+            least, most = _bounds(input_ids)
+            if least < 0 or most >= self.vocab_size:
+                wrong = input_ids[(input_ids < 0) | (input_ids >= self.vocab_size)][0]
+                raise RequestError(
+                    f"token id {wrong} is outside the model's vocabulary of {self.vocab_size}"
                 )
-        if len(input_ids) and not (0 <= input_ids.min() and input_ids.max() < self.vocab_size):
-            wrong = input_ids[(input_ids < 0) | (input_ids >= self.vocab_size)][0]
-            raise RequestError(
-                f"token id {wrong} is outside the model's vocabulary of {self.vocab_size}"
-            )
+
+    def _too_many(self, what: str, count: int, option: str) -> ContextOverflowError:
+        return ContextOverflowError(
+            f"a step with {count} {what}: {self.library.path} was compiled for "
+            f'{getattr(self.limits, option)}; compile with --overrides "{option}={count}"'
+        )
 
     def _inputs(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """A step's integers as int32 tensors, which the next call of this function overwrites.
 
-        On a CPU they share one buffer: to make nine tensors anew costs more than a small step.
+        On a CPU they share one buffer, and stay as long as steps have the same shapes: to make nine
+        tensors anew costs more than a small step.
         """
         if self.on_gpu:
             return [
                 tvm_runtime.upload(np.ascontiguousarray(array, np.int32), self.device)
                 for array in arrays
             ]
+        sizes = [len(array) for array in arrays]
+        if sizes != self._staged_sizes:
+            self._stage(sizes)
+        for view, array in zip(self._staged_arrays, arrays, strict=True):
+            view[:] = array
+        return self._staged_tensors
+
+    def _stage(self, sizes: list[int]) -> None:
         line = tvm_runtime.ALIGNMENT // 4
-        offsets = list(accumulate((-(-len(array) // line) * line for array in arrays), initial=0))
+        offsets = list(accumulate((-(-size // line) * line for size in sizes), initial=0))
         if offsets[-1] > len(self._staging):
             self._staging = _aligned_empty(2 * offsets[-1])
-        views = [self._staging[at : at + len(a)] for a, at in zip(arrays, offsets, strict=False)]
-        for view, array in zip(views, arrays, strict=True):
-            view[:] = array
-        return [tvm_runtime.share(view) for view in views]
+        arrays = [self._staging[at : at + n] for at, n in zip(offsets, sizes, strict=False)]
+        self._staged_tensors = [tvm_runtime.share(array) for array in arrays]
+        self._staged_arrays, self._staged_sizes = arrays, sizes
 
     def _empty_pages(self, page_shape: tuple[int, ...], dtype: str) -> Any:
         """[pages, *page_shape] of zeros; on a CPU, memory is taken only as pages are written."""
@@ -188,6 +205,17 @@ class Executor:
 
 
 _NUMPY_BITS = {"bfloat16": "uint16"}
+# Up to so many numbers, a list's min and max are faster: between two steps NumPy's code has left
+# the processor's caches.
+_FEW = 128
+
+
+def _bounds(numbers: np.ndarray) -> tuple[int, int]:
+    """The least and the largest of at least one number."""
+    if len(numbers) > _FEW:
+        return int(numbers.min()), int(numbers.max())
+    values = numbers.tolist()
+    return min(values), max(values)
 
 
 def _array(tensors: Sequence[Any]) -> Any:

@@ -19,43 +19,24 @@ Only numbers are kept here. They are ahead of the tensors by one step: whoever c
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from relaxlm.errors import ContextOverflowError, RequestError
 from relaxlm.runtime.page_pool import PagePool
+from relaxlm.runtime.step_tables import BatchTables, Decoding, PagedSequence, step_tables
 
-
-class BatchTables(NamedTuple):
-    """What a step over b sequences and n tokens needs to know, in `forward`'s order; all int32.
-
-    Sequence i has the tokens row_offsets[i] .. row_offsets[i + 1] - 1 of the step and, counting
-    them, kv_lengths[i] tokens in the pages page_ids[page_offsets[i] : page_offsets[i + 1]].
-    """
-
-    positions: np.ndarray  # [n] absolute position of each token
-    slots: np.ndarray  # [n] where its K and V go: page * page_size + offset in the page
-    row_offsets: np.ndarray  # [b + 1]
-    page_offsets: np.ndarray  # [b + 1]
-    page_ids: np.ndarray  # [page_offsets[b]]
-    kv_lengths: np.ndarray  # [b] cached tokens after the step
-    dropped: np.ndarray  # [b] tokens that left the table between sinks and window
-
-
-@dataclass(slots=True)
-class _Sequence:
-    length: int = 0  # tokens so far, the dropped ones included
-    dropped: int = 0  # tokens, a multiple of page_size
-    pages: array = field(default_factory=lambda: array("i"))
+_NO_PAGES = np.empty(0, np.int32)
 
 
 class _Plan(NamedTuple):
     """What a step changes in the tables."""
 
-    sequences: list[_Sequence]
-    changes: list[tuple[_Sequence, int, bool, int]]  # sequence, pages to drop, a copy, pages to add
+    sequences: list[PagedSequence]
+    changes: list[
+        tuple[PagedSequence, int, bool, int]
+    ]  # sequence, pages to drop, a copy, pages to add
     dropping: list[int]  # pages, once for each sequence that lets go of it
     needed: int  # pages
 
@@ -96,11 +77,12 @@ class PagedSequences:
         self.sinks = sinks
         self.sink_pages = -(-sinks // page_size)
         self.max_sequences = max_sequences
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, PagedSequence] = {}
         self._next_id = 0
         # Target page -> source page. The copy holds the source in place of the sequence that let
         # go of it, so that no other sequence can get and overwrite the page before it is read.
         self._copies: dict[int, int] = {}
+        self._decoding: Decoding | None = None  # None, too, when its sequences are cut or freed
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -129,10 +111,11 @@ class PagedSequences:
         Raises:
             RequestError: `max_sequences` exist already.
         """
-        return self._open(_Sequence())
+        return self._open(PagedSequence())
 
     def free(self, seq: int) -> None:
         """End a sequence and let go of its pages."""
+        self._decoding = None
         self._release(self._get(seq).pages)
         del self._sequences[seq]
 
@@ -147,7 +130,7 @@ class PagedSequences:
         length = parent.length if length is None else length
         count, dropped = self._rolled_back(seq, parent, length)
         shared = parent.pages[:count]
-        new = self._open(_Sequence(length, dropped, shared))
+        new = self._open(PagedSequence(length, dropped, shared))
         self.pool.retain(shared)
         return new
 
@@ -180,14 +163,14 @@ class PagedSequences:
         assert not self._copies.keys() & set(pages), f"still to be filled: {self._copies}"
         self.pool.retain(pages)
         try:
-            return self._open(_Sequence(length, pages=array("i", pages)))
+            return self._open(PagedSequence(length, pages=array("i", pages)))
         except RequestError:
             self.pool.release(pages)
             raise
 
     def can_adopt(self, length: int) -> bool:
         """Whether a sequence of this length still has all of its pages at its next step."""
-        return not self.window or self._pages_to_drop(_Sequence(length)) == 0
+        return not self.window or self._pages_to_drop(PagedSequence(length)) == 0
 
     def truncate(self, seq: int, length: int) -> None:
         """Forget all but the first `length` tokens.
@@ -197,6 +180,7 @@ class PagedSequences:
         """
         sequence = self._get(seq)
         count, dropped = self._rolled_back(seq, sequence, length)
+        self._decoding = None
         self._release(sequence.pages[count:])
         del sequence.pages[count:]
         sequence.length, sequence.dropped = length, dropped
@@ -234,6 +218,8 @@ class PagedSequences:
             ContextOverflowError: too few pages are free for all of them; nothing has changed.
             ValueError: no step at all, a sequence twice, or n < 1.
         """
+        if self._decoding is not None and self._decoding.fits(steps, self.pool):
+            return self._decoding.repeat()
         plan = self._plan(steps)  # nothing changes before it is known that the pages suffice
         if plan.needed:
             self._require(plan, steps)
@@ -254,7 +240,13 @@ class PagedSequences:
                 sequence.pages.append(next(fresh))
         for sequence, (_, n) in zip(plan.sequences, steps, strict=True):
             sequence.length += n
-        return self._tables(plan.sequences, [n for _, n in steps])
+        counts = [n for _, n in steps]
+        tables = step_tables(plan.sequences, counts, self.page_size)
+        self._decoding = None
+        if max(counts) == 1:
+            again = min(self._steps_until_change(sequence) for sequence in plan.sequences)
+            self._decoding = Decoding(steps, plan.sequences, tables, again)
+        return tables
 
     def pages_needed(self, steps: Sequence[tuple[int, int]]) -> int:
         """How many pages must be free in the pool for `batch(steps)`; changes nothing.
@@ -264,6 +256,8 @@ class PagedSequences:
         Raises:
             ValueError: as `batch`.
         """
+        if self._decoding is not None and self._decoding.fits(steps, self.pool):
+            return 0
         plan = self._plan(steps)
         return max(0, plan.needed - self._freed(plan.dropping)) if plan.needed else 0
 
@@ -276,6 +270,8 @@ class PagedSequences:
             sources: [k] int32 page numbers.
             targets: [k] int32 page numbers.
         """
+        if not self._copies:
+            return _NO_PAGES, _NO_PAGES
         targets = np.fromiter(self._copies.keys(), np.int32, len(self._copies))
         sources = np.fromiter(self._copies.values(), np.int32, len(self._copies))
         held = list(self._copies.values())
@@ -314,13 +310,13 @@ class PagedSequences:
         if self.max_sequences is not None:
             assert len(self._sequences) <= self.max_sequences
 
-    def _get(self, seq: int) -> _Sequence:
+    def _get(self, seq: int) -> PagedSequence:
         try:
             return self._sequences[seq]
         except KeyError:
             raise ValueError(f"there is no sequence {seq}: never added, or freed") from None
 
-    def _open(self, sequence: _Sequence) -> int:
+    def _open(self, sequence: PagedSequence) -> int:
         if self.max_sequences is not None and len(self._sequences) >= self.max_sequences:
             raise RequestError(
                 f"{len(self._sequences)} of {self.max_sequences} sequences are in use: "
@@ -331,11 +327,20 @@ class PagedSequences:
         self._sequences[seq] = sequence
         return seq
 
-    def _pages_to_drop(self, sequence: _Sequence) -> int:
+    def _pages_to_drop(self, sequence: PagedSequence) -> int:
         """Pages after the sinks of which no query from position `length` on sees a token."""
         oldest_visible = sequence.length - self.window + 1
         invisible = oldest_visible // self.page_size - self.sink_pages
         return max(0, invisible - sequence.dropped // self.page_size)
+
+    def _steps_until_change(self, sequence: PagedSequence) -> int:
+        """How many steps of one token leave the sequence's pages the same ones."""
+        steps = -sequence.length % self.page_size
+        if self.window:
+            oldest_kept = self.sink_pages * self.page_size + sequence.dropped
+            oldest_visible = sequence.length - self.window + 1
+            steps = min(steps, oldest_kept + self.page_size - oldest_visible)
+        return steps
 
     def _is_shared(self, page: int, leaving: int) -> bool:
         """Whether two sequences hold the page when `leaving` of its holders have got a copy."""
@@ -348,8 +353,8 @@ class PagedSequences:
             raise ValueError("a step needs at least one sequence")
         if len({seq for seq, _ in steps}) != len(steps):
             raise ValueError(f"a sequence is twice in one step: {[seq for seq, _ in steps]}")
-        sequences: list[_Sequence] = []
-        changes: list[tuple[_Sequence, int, bool, int]] = []
+        sequences: list[PagedSequence] = []
+        changes: list[tuple[PagedSequence, int, bool, int]] = []
         dropping: list[int] = []
         copied: dict[int, int] = {}  # shared page -> sequences of this step that get a copy of it
         needed = 0
@@ -406,7 +411,7 @@ class PagedSequences:
         if self._copies:  # nobody will read the copies into these
             self.pool.release([self._copies.pop(page) for page in freed if page in self._copies])
 
-    def _rolled_back(self, seq: int, sequence: _Sequence, length: int) -> tuple[int, int]:
+    def _rolled_back(self, seq: int, sequence: PagedSequence, length: int) -> tuple[int, int]:
         """Pages and dropped tokens of the sequence cut to its first `length` tokens."""
         if not 0 <= length <= sequence.length:
             raise ValueError(f"sequence {seq} has {sequence.length} tokens: cannot keep {length}")
@@ -419,37 +424,6 @@ class PagedSequences:
             )
         dropped = 0 if length <= kept else sequence.dropped
         return -(-(length - dropped) // self.page_size), dropped
-
-    def _tables(self, sequences: list[_Sequence], counts: list[int]) -> BatchTables:
-        size = self.page_size
-        ids = array("i")
-        ends = [0]
-        for sequence in sequences:
-            ids.extend(sequence.pages)
-            ends.append(len(ids))
-        page_ids = np.frombuffer(ids, np.int32)
-        page_offsets = np.array(ends, np.int32)
-        dropped = np.array([sequence.dropped for sequence in sequences], np.int32)
-        lengths = np.array([sequence.length for sequence in sequences], np.int32)
-        kv_lengths = lengths - dropped
-        if max(counts) == 1:  # decoding: each new token is the last of its sequence
-            row_offsets = np.arange(len(counts) + 1, dtype=np.int32)
-            positions = lengths - np.int32(1)
-            pages = page_ids[page_offsets[1:] - 1]
-            # Pages begin at multiples of page_size, and so does what is dropped.
-            slots = pages * np.int32(size) + positions % np.int32(size)
-        else:
-            row_offsets = np.zeros(len(counts) + 1, np.int32)
-            np.cumsum(counts, out=row_offsets[1:])
-            # A token's position follows from its place in the step by its sequence's own shift.
-            shift = np.repeat(lengths - row_offsets[1:], counts)
-            positions = np.arange(row_offsets[-1], dtype=np.int32) + shift
-            cached = positions - np.repeat(dropped, counts)
-            pages = page_ids[np.repeat(page_offsets[:-1], counts) + cached // np.int32(size)]
-            slots = pages * np.int32(size) + positions % np.int32(size)
-        return BatchTables(
-            positions, slots, row_offsets, page_offsets, page_ids, kv_lengths, dropped
-        )
 
 
 def pages_per_sequence(
