@@ -146,6 +146,8 @@ class SamplingState:
     Attributes:
         mask: [ceil(vocab_size / 32)] uint32, or None: the next token i is allowed if bit i % 32 of
             word i // 32 is 1. Whoever sets it sets it anew for each token.
+        adjusts: whether a bias or a penalty changes logits.
+        greedy: whether the model's largest logit wins, among those that are allowed.
 
     Raises:
         RequestError: a token id outside the vocabulary.
@@ -160,6 +162,13 @@ class SamplingState:
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
+        self.adjusts = (
+            len(config.logit_bias) > 0
+            or config.repetition_penalty != 1
+            or config.presence_penalty != 0
+            or config.frequency_penalty != 0
+        )
+        self.greedy = config.temperature == 0 and not self.adjusts
         self.mask: np.ndarray | None = None
         prompt_ids = np.unique(np.asarray(prompt, np.int64))
         self.bias_ids = np.array(list(config.logit_bias.keys()), np.int64)

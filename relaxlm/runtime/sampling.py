@@ -43,6 +43,7 @@ _LIMITS = np.where(
     np.float32(-np.inf),
 )
 _NOBODY = np.empty(0, np.int64)
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Sampled(NamedTuple):
@@ -63,34 +64,32 @@ def sample(logits: np.ndarray, states: Sequence[SamplingState]) -> list[Sampled 
         For each row its token, or what is wrong with the row, and then its state has not changed:
         it has NaN or +inf, or no finite logit, or none that its mask allows.
     """
-    if logits.ndim != 2 or len(logits) != len(states) or logits.dtype != np.float32:
+    if logits.ndim != 2 or len(logits) != len(states) or logits.dtype != _FLOAT32:
         raise ValueError(
             f"logits {logits.dtype} {list(logits.shape)} for {len(states)} requests: "
             f"expected float32 [{len(states)}, vocab]"
         )
-    if any(state.vocab_size > logits.shape[1] for state in states):
-        raise ValueError(
-            f"logits for {logits.shape[1]} tokens, and vocabularies of "
-            f"{sorted({state.vocab_size for state in states})}"
-        )
+    vocab = logits.shape[1]
     results: list[Sampled | LibraryError] = []
-    with np.errstate(over="ignore", under="ignore"):  # infinite and zero are right then
-        for i, (row, state) in enumerate(zip(logits, states, strict=True)):
-            try:
-                results.append(_sample_row(row[: state.vocab_size], state, i))
-            except LibraryError as error:
-                results.append(error)
+    for i, state in enumerate(states):
+        if state.vocab_size > vocab:
+            raise ValueError(
+                f"logits for {vocab} tokens, and a vocabulary of {state.vocab_size} in row {i}"
+            )
+        row = logits[i, : state.vocab_size]
+        try:
+            results.append(_sample_row(row, state, i))
+        except LibraryError as error:
+            results.append(error)
     return results
 
 
 def _sample_row(row: np.ndarray, state: SamplingState, index: int) -> Sampled:
-    config = state.config
     token = _checked_argmax(row, index)
-    greedy = config.temperature == 0 and not _is_adjusted(state)
     left, mask = row, state.mask
     if mask is not None:
         _check_mask(mask, len(row))
-        if not greedy or not _allows(mask, token):
+        if not state.greedy or not _allows(mask, token):
             left = _masked(row, mask)
             token = int(left.argmax())
             if left[token] == -np.inf:
@@ -98,10 +97,14 @@ def _sample_row(row: np.ndarray, state: SamplingState, index: int) -> Sampled:
                     f"no token may follow: the mask of row {index} of the logits forbids all "
                     f"{len(row)} tokens, or all but those that the model rules out"
                 )
-    if config.temperature > 0:
-        token = choose(_adjusted(left, state), config, state.uniform())
-    elif not greedy:
-        token = _adjusted(left, state).largest()
+    config = state.config
+    if not state.greedy:
+        with np.errstate(over="ignore", under="ignore"):  # infinite and zero are right then
+            adjusted = _adjusted(left, state)
+            if config.temperature > 0:
+                token = choose(adjusted, config, state.uniform())
+            else:
+                token = adjusted.largest()
     sampled = Sampled(token, None, ())
     if config.logprobs:
         sampled = Sampled(token, *logprobs_of(row, token, config.top_logprobs))
@@ -135,8 +138,8 @@ def _masked(row: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _checked_argmax(row: np.ndarray, index: int) -> int:
     """The lowest id of the largest logit. NumPy's argmax stops at a NaN, so one look is enough."""
     best = int(row.argmax())
-    value = float(row[best])
-    if np.isfinite(value):
+    value = row.item(best)
+    if math.isfinite(value):
         return best
     found = "no logit above -inf" if value == -np.inf else f"{value} for token {best}"
     raise LibraryError(
@@ -146,19 +149,9 @@ def _checked_argmax(row: np.ndarray, index: int) -> int:
     )
 
 
-def _is_adjusted(state: SamplingState) -> bool:
-    config = state.config
-    return (
-        len(state.bias) > 0
-        or config.repetition_penalty != 1
-        or config.presence_penalty != 0
-        or config.frequency_penalty != 0
-    )
-
-
 def _adjusted(row: np.ndarray, state: SamplingState) -> Logits:
     """Steps 1 and 2, good until the next call: only the tokens that they change are touched."""
-    if not _is_adjusted(state):
+    if not state.adjusts:
         return Logits(row)
     config = state.config
     seen = state.seen() if config.repetition_penalty != 1 else _NOBODY

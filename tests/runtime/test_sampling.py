@@ -394,7 +394,7 @@ def test_masks_of_another_shape_are_refused(mask: np.ndarray, found: str) -> Non
             "logits float16 [1, 4] for 1 requests: expected float32 [1, vocab]",
         ),
         (np.zeros(4, np.float32), "logits float32 [4] for 1 requests: expected float32 [1, vocab]"),
-        (np.zeros((1, 3), np.float32), "logits for 3 tokens, and vocabularies of [4]"),
+        (np.zeros((1, 3), np.float32), "logits for 3 tokens, and a vocabulary of 4 in row 0"),
     ],
 )
 def test_logits_of_another_shape_are_refused(logits: np.ndarray, message: str) -> None:
