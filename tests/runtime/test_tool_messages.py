@@ -83,13 +83,13 @@ def test_results_have_the_name_of_their_function() -> None:
     assert habits_of(
         calls(OBJECT, content="''") + NAMED_RESULTS.split("{% for m in messages %}")[0]
     )
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f"}}]},
         {"role": "tool", "tool_call_id": "a", "content": "x"},
         {"role": "tool", "tool_call_id": "b", "content": "x"},
         {"role": "tool", "tool_call_id": "a", "name": "g", "content": "x"},
     ]
-    messages[0]["tool_calls"][0]["function"]["arguments"] = {}  # type: ignore[index]
+    messages[0]["tool_calls"][0]["function"]["arguments"] = {}
     assert [m.get("name") for m in fitted(messages, ToolHabits(True, True, True))] == [
         None,
         "f",
@@ -102,7 +102,7 @@ def test_ids_of_nine_characters() -> None:
     assert short_id("abcdefghi") == "abcdefghi"
     assert short_id("call_1") == short_id("call_1") != short_id("call_2")
     assert len(short_id("call_1")) == 9 and short_id("call_1").isalnum()
-    messages = [
+    messages: list[dict[str, Any]] = [
         {
             "role": "assistant",
             "tool_calls": [{"id": "call_1", "function": {"name": "f", "arguments": {}}}],

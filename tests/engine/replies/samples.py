@@ -1,0 +1,373 @@
+# ruff: noqa: RUF001, UP031 (the marks of DeepSeek have a full-width bar; braces stay readable)
+"""Replies in every format, and what is in them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from relaxlm.engine.replies import Delta, ReplyMessage, ReplyParser, ToolRequest, tool_request
+from relaxlm.engine.replies.detect import reply_format
+from relaxlm.runtime.tokenizer import Tokenizer
+from tests.runtime.tokenizer_samples import byte_level_json
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "s": {"type": "string"},
+        "n": {"type": "integer"},
+        "o": {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]},
+        "t": {"type": ["string", "null"]},
+    },
+    "$defs": {"place": {"type": "object"}},
+}
+
+
+def function(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+TOOLS = [function("f", parameters=PARAMETERS), function("g")]
+
+
+def request() -> ToolRequest:
+    asked = tool_request(TOOLS)
+    assert asked is not None
+    return asked
+
+
+def tokenizer(special: Sequence[str] = ()) -> Tokenizer:
+    settings = {"eos_token": "<|im_end|>", "additional_special_tokens": list(special)}
+    return Tokenizer(byte_level_json().encode(), settings)
+
+
+def numbered() -> Callable[[], str]:
+    numbers = count()
+    return lambda: f"id{next(numbers)}"
+
+
+def parser(
+    format_name: str, reasoning: str = "think", inside: bool = False, tools: bool = True
+) -> ReplyParser:
+    made = reply_format({}, tokenizer(), format_name, reasoning)
+    return made.parser(request() if tools else None, inside, numbered())
+
+
+def parsed(new: ReplyParser, pieces: Sequence[str]) -> ReplyMessage:
+    """The message; its deltas are checked to be the same."""
+    deltas = [delta for piece in pieces for delta in new.push(piece)] + new.finish()
+    message = new.message()
+    assert summed(deltas) == (
+        message.content or "",
+        message.reasoning_content or "",
+        [(call.id, call.name, call.arguments) for call in message.tool_calls],
+    )
+    return message
+
+
+def summed(deltas: Sequence[Delta]) -> tuple[str, str, list[tuple[str, str, str]]]:
+    content = reasoning = ""
+    calls: list[tuple[str, str, str]] = []
+    for delta in deltas:
+        content += delta.content
+        reasoning += delta.reasoning_content
+        call = delta.tool_call
+        parts = (delta.content, delta.reasoning_content, call)
+        assert sum(bool(part) for part in parts) == 1, "a delta is a piece of one part"
+        if call is not None and call.id is not None:
+            assert call.name is not None and call.index == len(calls)
+            calls.append((call.id, call.name, call.arguments))
+        elif call is not None:
+            assert call.name is None and call.index == len(calls) - 1
+            known = calls[-1]
+            calls[-1] = (known[0], known[1], known[2] + call.arguments)
+    return content, reasoning, calls
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    format: str
+    text: str
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    content: str | None = None
+    reasoning: str | None = None
+
+
+HARD = '{"s": "a } ] \\" \\\\", "o": {"x": [1, {"y": "{"}]}, "ł": "</tool_call> 😀 [TOOL_CALLS]"}'
+
+
+def cases() -> Iterator[Case]:
+    yield from _hermes()
+    yield from _xml()
+    yield from _mistral()
+    yield from _bare()
+    yield from _others()
+    yield from _harmony()
+
+
+def _hermes() -> Iterator[Case]:
+    def hermes(name: str, text: str, *more: Any) -> Case:
+        return Case(f"hermes {name}", "hermes", text, *more)
+
+    one = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>' % HARD
+    yield hermes("hard", one, [("f", HARD)])
+    yield hermes("text before", f"I look.\n{one}", [("f", HARD)], "I look.")
+    yield hermes("two", f'{one}\n<tool_call>{{"name":"g"}}</tool_call>', [("f", HARD), ("g", "{}")])
+    yield hermes("text between", f"a {one}\nb {one} c", [("f", HARD)] * 2, "a \nb  c")
+    yield hermes(
+        "list in one tag",
+        '<tool_call>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]</tool_call>',
+        [("f", "{}"), ("g", "{}")],
+    )
+    yield hermes(
+        "arguments first",
+        '<tool_call>{"arguments": {"a": 1}, "name": "zzz"}</tool_call>',
+        [("zzz", '{"a": 1}')],
+    )
+    yield hermes(
+        "arguments in a string",
+        '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        [("f", '{"a": 1}')],
+    )
+    yield hermes("no arguments", '<tool_call>{"name": "f", "arguments": null}', [("f", "{}")])
+    yield hermes(
+        "no last brace", '<tool_call>{"name": "f", "arguments": {}</tool_call>', [("f", "{}")]
+    )
+    yield hermes(
+        "members behind",
+        '<tool_call>{"name": "f", "arguments": {}, "id": [1, "]"]}</tool_call>x',
+        [("f", "{}")],
+        "x",
+    )
+    yield hermes(
+        "cut in the arguments",
+        '<tool_call>\n{"name": "f", "arguments": {"s": "ab',
+        [("f", '{"s": "ab')],
+    )
+    for cut in ('{"name": "f", "argu', '{"name": "f"', "{", "", '{"name": "f", "arguments": "{'):
+        text = f"<tool_call>\n{cut}".rstrip()
+        yield hermes(f"cut before the arguments {cut!r}", text, [], text)
+    for wrong in (
+        "hello</tool_call>",
+        '{"name": 1, "arguments": {}}',
+        '{"name": "f", "arguments": [1]}',
+        '{"name": "f", "arguments": tru}',
+        '{"name": "", "arguments": {}}',
+        "{'name': 'f', 'arguments': {}}",
+        '{"arguments": {}}',
+        '"f"',
+    ):
+        yield hermes(f"malformed {wrong!r}", f"<tool_call>{wrong}", [], f"<tool_call>{wrong}")
+    yield hermes("a beginning only", "a < b <tool", [], "a < b <tool")
+    yield hermes(
+        "a call behind what is none", f"<tool_call> no {one}", [("f", HARD)], "<tool_call> no"
+    )
+    yield hermes("white space", "  ", [], "  ")
+    yield hermes("nothing", "", [], "")
+    yield hermes(
+        "reasoning",
+        f"\n<think>\nI </thi {one}\n</think>\n\nYes.\n{one}",
+        [("f", HARD)],
+        "Yes.",
+        f"I </thi {one}",
+    )
+    yield hermes("empty reasoning", "<think>\n\n</think>\n\nYes", [], "Yes", None)
+    yield hermes("unfinished reasoning", "<think>a\n", [], "", "a")
+    yield hermes("reasoning later is text", "a <think>b</think>", [], "a <think>b</think>")
+    yield hermes("function tag", '<tool_call><function=f>{"a":1}</function>', [("f", '{"a":1}')])
+
+
+def _xml() -> Iterator[Case]:
+    qwen = (
+        '<tool_call>\n<function=f>\n<parameter=s>\n  a\n"b" </p>\n</parameter>\n'
+        '<parameter=n>\n 3\n</parameter>\n<parameter=o>\n{"x": "</f>"}\n</parameter>\n'
+        "<parameter=t>\nnull\n</parameter>\n</function>\n</tool_call>"
+    )
+    arguments = '{"s": "  a\\n\\"b\\" </p>", "n": 3, "o": {"x": "</f>"}, "t": null}'
+    yield Case("qwen", "qwen3_coder", f"Hm\n\n{qwen}\n", [("f", arguments)], "Hm")
+    yield Case(
+        "qwen two, no outer tag, no arguments",
+        "qwen3_coder",
+        "<function=g>\n</function><function=g></function>",
+        [("g", "{}"), ("g", "{}")],
+    )
+    yield Case(
+        "qwen values of other types",
+        "qwen3_coder",
+        "<function=f><parameter=n>\nmany\n</parameter><parameter=t>5</parameter>"
+        "<parameter=ł>\n[1]\n</parameter></function>",
+        [("f", '{"n": "many", "t": "5", "ł": "[1]"}')],
+    )
+    yield Case(
+        "qwen cut in a string",
+        "qwen3_coder",
+        "<tool_call><function=f><parameter=s>\nab\n</param",
+        [("f", '{"s": "ab\\n</param')],
+    )
+    yield Case(
+        "qwen cut in a number",
+        "qwen3_coder",
+        "<tool_call><function=f><parameter=n>\n12",
+        [("f", '{"n": 12')],
+    )
+    yield Case(
+        "qwen cut in a key", "qwen3_coder", "<tool_call><function=f><parameter=a", [("f", "")]
+    )
+    yield Case("qwen malformed", "qwen3_coder", "<function=f> x", [], "<function=f> x")
+    yield Case(
+        "qwen JSON", "qwen3_coder", '<tool_call>{"name": "f", "arguments": {}}', [("f", "{}")]
+    )
+    glm = (
+        "<tool_call>f\n<arg_key>s</arg_key>\n<arg_value>1\n</arg_value>\n<arg_key>n</arg_key>\n"
+        "<arg_value>1</arg_value>\n</tool_call>"
+    )
+    yield Case(
+        "glm",
+        "glm",
+        f"<think>so</think>\nok\n{glm}\n<tool_call>g\n</tool_call>",
+        [("f", '{"s": "1\\n", "n": 1}'), ("g", "{}")],
+        "ok",
+        "so",
+    )
+    yield Case("glm malformed", "glm", "<tool_call>two words", [], "<tool_call>two words")
+    yield Case("glm cut", "glm", "<tool_call>f\n<arg_key>s</arg_key>\n<arg_", [("f", '{"s": ')])
+
+
+def _mistral() -> Iterator[Case]:
+    listed = '[TOOL_CALLS] [{"name": "f", "arguments": %s, "id": "123456789"}, ' % HARD
+    yield Case(
+        "mistral",
+        "mistral",
+        listed + '{"name": "g", "arguments": {}}]',
+        [("f", HARD), ("g", "{}")],
+    )
+    yield Case(
+        "mistral cut between calls",
+        "mistral",
+        listed.rstrip(),
+        [("f", HARD)],
+        ",",
+    )
+    for name in ("mistral_args", "mistral_call_id"):
+        text = f"See.[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{HARD}[TOOL_CALLS]g[ARGS]{{}}"
+        yield Case(name, name, text, [("f", HARD), ("g", "{}")], "See.")
+    yield Case("mistral name only", "mistral", "[TOOL_CALLS]f{}", [("f", "{}")])
+    for wrong in ("[TOOL_CALLS] none", "[TOOL_CALLS][1]", "[TOOL_CALLS]f[ARGS]x", "[TOOL_CALLS]"):
+        yield Case(f"mistral malformed {wrong}", "mistral", wrong, [], wrong)
+
+
+def _bare() -> Iterator[Case]:
+    call = '{"name": "f", "parameters": %s}' % HARD
+    for name in ("llama3", "json"):
+        yield Case(f"{name} call", name, call, [("f", HARD)])
+        yield Case(f"{name} two", name, f"{call}; {call}", [("f", HARD)] * 2)
+        yield Case(f"{name} list", name, f"[{call},\n{call}] ok", [("f", HARD)] * 2, "ok")
+        yield Case(f"{name} text before", name, f"So: {call}", [("f", HARD)], "So:")
+        fenced = f"Here:\n```json\n[{call}]\n```\nDone."
+        yield Case(f"{name} fenced", name, fenced, [("f", HARD)], "Here:\n\nDone.")
+        typed = '{"type": "function", "name": "g", "parameters": {}}'
+        yield Case(f"{name} with a type", name, typed, [("g", "{}")])
+        nested = '{"type": "function", "function": {"name": "g", "arguments": {"a": 1}}}'
+        yield Case(f"{name} as in the API", name, nested, [("g", '{"a": 1}')])
+        for answer in (
+            '{"name": "Paris", "parameters": {}}',
+            '{"name": "f", "age": 3}',
+            '{"name": "f"}',
+            '{"city": "Paris", "name": "f", "parameters": {}}',
+            '[{"name": "x"}, [1, 2], {}]',
+            "```json\n{}\n```",
+            "if (a) { b; }",
+            "{",
+        ):
+            yield Case(f"{name} answer {answer!r}", name, answer, [], answer)
+        cut = '{"name": "g", "parameters": {"a": '
+        yield Case(f"{name} cut", name, cut, [("g", '{"a": ')])
+    yield Case("python tag", "llama3", f"<|python_tag|>{call}", [("f", HARD)])
+    yield Case(
+        "python tag, any name",
+        "llama3",
+        '<|python_tag|>{"name": "x", "parameters": {}}; {"name": "y"}',
+        [("x", "{}"), ("y", "{}")],
+    )
+    built_in = '<|python_tag|>brave_search.call(query="x")'
+    yield Case("a built-in tool is content", "llama3", built_in, [], built_in)
+
+
+def _others() -> Iterator[Case]:
+    yield Case(
+        "deepseek",
+        "deepseek",
+        "Ok.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>%s<｜tool▁call▁end｜>"
+        "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>" % HARD,
+        [("f", HARD), ("g", "{}")],
+        "Ok.",
+    )
+    first = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+    second = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜>"
+    yield Case(
+        "deepseek r1",
+        "deepseek_r1",
+        f"<think>\nhm\n</think>{first}{HARD}\n```<｜tool▁call▁end｜>\n{second}<｜tool▁calls▁end｜>",
+        [("f", HARD), ("g", "{}")],
+        None,
+        "hm",
+    )
+    wrong = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f {}"
+    yield Case("deepseek malformed", "deepseek", wrong, [], wrong)
+    yield Case(
+        "deepseek, the second malformed",
+        "deepseek",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+        "<｜tool▁call▁begin｜>x",
+        [("g", "{}")],
+        "<｜tool▁call▁begin｜>x",
+    )
+    yield Case(
+        "phi4",
+        "phi4",
+        '<|tool_call|>[{"name": "f", "arguments": %s}]<|/tool_call|>' % HARD,
+        [("f", HARD)],
+    )
+    yield Case("phi4 functools", "phi4", 'functools[{"name": "g"}]', [("g", "{}")])
+    listed = '[\n    {\n        "tool_name": "f",\n        "parameters": %s\n    }\n]' % HARD
+    yield Case(
+        "cohere",
+        "cohere",
+        f"I will.\nAction:\n```json\n{listed}```\n",
+        [("f", HARD)],
+        "I will.",
+    )
+    yield Case("cohere malformed", "cohere", "Action: go on", [], "Action: go on")
+
+
+def _harmony() -> Iterator[Case]:
+    analysis = "<|channel|>analysis<|message|>hm\n<|end|><|start|>assistant"
+    call = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+    yield Case("harmony", "harmony", f"{analysis}{call}{HARD}<|call|>", [("f", HARD)], None, "hm")
+    yield Case(
+        "harmony recipient first",
+        "harmony",
+        " to=functions.f<|channel|>commentary json<|message|>{}",
+        [("f", "{}")],
+    )
+    yield Case(
+        "harmony answer",
+        "harmony",
+        f"{analysis}<|channel|>commentary<|message|>Wait.<|end|><|start|>assistant"
+        "<|channel|>final<|message|>Here < you are",
+        [],
+        "Wait.\nHere < you are",
+        "hm",
+    )
+    yield Case(
+        "harmony two analyses",
+        "harmony",
+        f"{analysis}{analysis}<|channel|>final<|message|>x",
+        [],
+        "x",
+        "hm\n\nhm",
+    )
+    yield Case("harmony cut in a header", "harmony", f"{analysis}<|chan", [], "", "hm")
+    yield Case("harmony without header", "harmony", "plain<|end|>x", [], "plain\nx")
+    yield Case("harmony cut call", "harmony", f"{call}{{", [("f", "{")])
