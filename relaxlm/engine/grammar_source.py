@@ -85,15 +85,10 @@ def _choice(source: str) -> str:
 
 
 def _regex(source: str) -> str:
-    """An expression for between slashes. Anchors around the whole are left out: it is matched
-    against the whole reply anyway, and llguidance has none.
-    """
+    """An expression for between slashes."""
     _check_size(len(source))
     if (len(source) - len(source.rstrip("\\"))) % 2:
         raise RequestError("regular expression: it ends in a backslash that escapes nothing")
-    source = source.removeprefix("^")
-    if re.search(r"(?<!\\)(?:\\\\)*\$\Z", source):
-        source = source[:-1]
     # An empty pair of slashes would begin a comment.
     return load_llguidance().regex_to_lark(source, "") or "(?:)"
 

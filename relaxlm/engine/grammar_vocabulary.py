@@ -12,9 +12,6 @@ from relaxlm.errors import RequestError
 if TYPE_CHECKING:
     from relaxlm.runtime.tokenizer import Tokenizer
 
-# llguidance marks special tokens by this byte in front, which no UTF-8 text has.
-_SPECIAL_MARK = b"\xff"
-
 
 def load_llguidance() -> Any:
     """The library, loaded when a request first needs it.
@@ -50,13 +47,11 @@ class GrammarVocabulary:
         return 0 <= token < self.vocab_size and bool(self._usable[token])
 
     def cut(self, text: bytes) -> list[int]:
-        """A text as the tokenizer cuts it, up to its last whole character; empty where that needs
-        other bytes, as in vocabularies that put a space in front of a text.
+        """A text as the tokenizer cuts it, up to its last whole character. The tokens may stand for
+        other bytes: some vocabularies put a space in front of a text.
         """
         characters = codecs.getincrementaldecoder("utf-8")("ignore").decode(text)
-        tokens = self._tokenizer.encode(characters, add_special_tokens=False)
-        whole = b"".join(map(self._tokenizer.token_bytes, tokens))
-        return tokens if whole == characters.encode() else []
+        return self._tokenizer.encode(characters, add_special_tokens=False)
 
     def llguidance(self) -> Any:
         """The LLTokenizer; the first call makes it: half a second for 150 000 tokens.
@@ -76,7 +71,7 @@ class GrammarVocabulary:
                 "structured output needs a model with a stop token, to end the reply with; "
                 "this one has none"
             )
-        tokens = [self._bytes(token) for token in range(self.vocab_size)]
+        tokens = [self._tokenizer.token_bytes(token) for token in range(self.vocab_size)]
         special = [token for token in self._special() if tokens[token]]
         for token, text in enumerate(tokens):
             self._usable[token] = bool(text)
@@ -86,11 +81,6 @@ class GrammarVocabulary:
     def _special(self) -> list[int]:
         ids = self._tokenizer.special_ids | self.stops
         return sorted(token for token in ids if token < self.vocab_size)
-
-    def _bytes(self, token: int) -> bytes:
-        text = self._tokenizer.token_bytes(token)
-        # A byte token for 0xFF is never part of a text, and would be read as the mark.
-        return b"" if text.startswith(_SPECIAL_MARK) else text
 
 
 class _Wrapper:

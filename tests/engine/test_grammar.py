@@ -193,6 +193,7 @@ def test_characters_may_be_cut_over_tokens() -> None:
         (r"[a-c]+\d{2,3}", "abc019é"),
         (r"(ab|a)*b?", "abc"),
         (r"^x[^\n]y$", "xy\n/"),
+        (r"^a|b$", "ab"),
         (r"a/b\/c|\$\\", "abc/$\\"),
         (r"(?i)größe|\w\s\W", "gröGRÖßesS! \t"),
         (r'"(\\.|[^"\\])*"', 'ab"\\'),
@@ -311,6 +312,8 @@ def test_walks_over_real_vocabularies(name: str, tmp_path: Path) -> None:
             assert token in allowed(matcher)
             matcher.accept(token)
         assert allowed(matcher) == {stop}
+    for token in grammar.matcher().forced():
+        assert token in allowed(grammar.matcher())
     rng = random.Random(1)
     for _ in range(5):
         matcher, pieces = grammar.matcher(), []
