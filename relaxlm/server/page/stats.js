@@ -7,7 +7,8 @@ import { tokensPerSecond } from "./reply.js";
 export function statsViews(version) {
   const { usage, timing } = version;
   if (timing.first === null) return [];
-  const speed = tokensPerSecond(version);
+  // What came all at once has no speed here, but it has one on the server.
+  const speed = tokensPerSecond(version) ?? usage?.replySpeed ?? null;
   // Without the server's count: a chunk is mostly one token.
   const tokens = usage?.completion ?? null;
   const line = [

@@ -64,6 +64,7 @@ def test_what_a_reply_cost_is_shown(page: Page, server: PageServer) -> None:
     server.answers.append(Answer(text("Some ", "words."), usage=usage))
     ask(page, "Hello?")
     line = page.get_by_role("button", name="first token")
+    expect(line).to_contain_text("tokens/s · ")
     expect(line).to_contain_text("34 tokens")
     expect(line).to_have_attribute("aria-expanded", "false")
     line.click()
