@@ -41,8 +41,14 @@ class Running:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+    def connect(self, buffer: int | None = None) -> socket.socket:
+        """A client; `buffer` is what the system may hold for it, in bytes."""
+        client = socket.socket()
+        if buffer is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", self.port))
+        return client
 
     def say(self, data: bytes) -> bytes:
         """What the server answers to these bytes, until it closes the connection."""
@@ -57,8 +63,14 @@ class Running:
 
 
 @contextmanager
-def running(api: ApiServer) -> Iterator[Running]:
+def running(api: ApiServer, buffer: int | None = None) -> Iterator[Running]:
+    """
+    Args:
+        buffer: what the system may hold of each response, in bytes.
+    """
     sockets = bind(api.settings.host, 0)
+    if buffer is not None:
+        sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     port = sockets[0].getsockname()[1]
     server = Server(api, "warning", access_log=False)
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, daemon=True)

@@ -23,7 +23,8 @@ def test_unknown_paths_and_methods_have_the_same_error_body(server: Running) -> 
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
     assert wrong.json()["error"]["code"] == "method_not_allowed"
     assert httpx.request("BREW", server.url + "/health").status_code == 405
-    assert httpx.get(server.url + "/v1/models/").status_code == 404
+    for path in ("/v1/models/", "/health/"):
+        assert httpx.get(server.url + path).status_code == 404
     assert httpx.get(server.url + "/v1/models/a/b").json()["error"]["message"] == "no model a/b"
 
 
