@@ -71,7 +71,7 @@ class _Choice:
         tokens = [token.sampled for token in news.tokens]
         if news.finish_reason == "stop" and isinstance(news.stopped_by, int):
             tokens.pop()  # the end itself is no text
-        return chat_logprobs(self._context.model.tokenizer, tokens)
+        return chat_logprobs(self._context.token_bytes, tokens)
 
 
 class ChatRun:
@@ -86,7 +86,9 @@ class ChatRun:
         replies = plan.request.config.n
         self._choices = [_Choice(context, plan, index) for index in range(replies)]
         self.count = UsageCount(len(plan.request.prompt), replies)
-        self._submission = Submission(context.engine, [plan.request], context.on_update)
+        self._submission = Submission(
+            context.engine, [plan.request], bool(plan.asked.stream), context.on_update
+        )
 
     def cancel(self) -> None:
         self._submission.cancel()

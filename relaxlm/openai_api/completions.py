@@ -66,7 +66,9 @@ class _Choice:
         self._request, self._prompt = request, prompt
         self._writer: LogprobWriter | None = None
         if request.logprobs is not None:
-            self._writer = LogprobWriter(context.model.tokenizer, request.logprobs > 0)
+            self._writer = LogprobWriter(
+                context.model.tokenizer, context.token_bytes, request.logprobs > 0
+            )
         self._begun = False
 
     def begin(self, prompt_logprobs: Sequence[Any]) -> CompletionChoice | None:
@@ -137,6 +139,7 @@ class CompletionRun:
         self._submission = Submission(
             context.engine,
             [engine_request(context, request, prompt) for prompt in prompts],
+            bool(request.stream),
             context.on_update,
         )
 

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from relaxlm.engine.replies import ReplyFormat, reply_format
@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 # Tokenizing, templates and grammars; none of them holds the others up for long.
 _THREADS = 4
 _FINGERPRINT_LETTERS = 12
+# Tokens whose bytes are remembered, for log probabilities.
+_REMEMBERED = 16384
 
 
 class ServiceContext:
@@ -36,6 +38,7 @@ class ServiceContext:
         name: what the model is called in replies.
         created: when the service was started, seconds since 1970.
         fingerprint: of code, library, weights and settings.
+        token_bytes: of the tokenizer, remembered.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class ServiceContext:
         self.name = name or engine.model.name
         self.strict_model_name, self.on_update = strict_model_name, on_update
         self.created, self.fingerprint = now(), fingerprint(self.model)
+        self.token_bytes = lru_cache(_REMEMBERED)(self.model.tokenizer.token_bytes)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="relaxlm-prepare")
 
     def close(self) -> None:

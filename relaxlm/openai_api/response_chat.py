@@ -19,6 +19,7 @@ from relaxlm.openai_api.response_request import (
 
 _SAME = (
     "model",
+    "stream",
     "temperature",
     "top_p",
     "top_logprobs",

@@ -69,16 +69,18 @@ class Submission:
         self,
         engine: EngineLoop,
         requests: Sequence[GenerationRequest],
+        eager: bool,
         on_update: Callable[[Update], None] | None = None,
     ) -> None:
         """
         Args:
+            eager: tell the reader of every update; otherwise only when a request has ended.
             on_update: is told of every update first, on the engine's output thread.
 
         Raises:
             RequestError, BusyError: the engine does not take one of them; none of them runs then.
         """
-        self._engine, self._on_update = engine, on_update
+        self._engine, self._eager, self._on_update = engine, eager, on_update
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._lock = threading.Lock()  # around the next two
@@ -137,8 +139,9 @@ class Submission:
             self._on_update(update)
         with self._lock:
             self._pending.setdefault(slot, News(slot)).add(update)
-            told, self._told = self._told, True
-        if not told:
+            tell = not self._told and (self._eager or update.finished)
+            self._told |= tell
+        if tell:
             try:
                 self._loop.call_soon_threadsafe(self._arrived.set)
             except RuntimeError:  # the event loop has ended, and with it the reader

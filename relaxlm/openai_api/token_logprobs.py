@@ -1,27 +1,29 @@
 """Log probabilities as the two kinds of replies show them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from relaxlm.openai_api.replies import CompletionLogprobs, TokenLogprob, TopLogprob
 from relaxlm.runtime.sampling import Sampled
 from relaxlm.runtime.tokenizer import Tokenizer
 
+TokenBytes = Callable[[int], bytes]
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[Sampled]) -> list[TokenLogprob]:
+
+def chat_logprobs(token_bytes: TokenBytes, tokens: Iterable[Sampled]) -> list[TokenLogprob]:
     """One entry per token, in the shape of chat completions."""
     found = []
     for sampled in tokens:
         assert sampled.logprob is not None
-        own = _entry(tokenizer, sampled.token, sampled.logprob)
-        top = [_entry(tokenizer, token, logprob) for token, logprob in sampled.top]
+        own = _entry(token_bytes, sampled.token, sampled.logprob)
+        top = [_entry(token_bytes, token, logprob) for token, logprob in sampled.top]
         found.append(
             TokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=top)
         )
     return found
 
 
-def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
-    data = tokenizer.token_bytes(token)
+def _entry(token_bytes: TokenBytes, token: int, logprob: float) -> TopLogprob:
+    data = token_bytes(token)
     return TopLogprob(token=data.decode("utf-8", "replace"), logprob=logprob, bytes=list(data))
 
 
@@ -32,8 +34,8 @@ class LogprobWriter:
         top: whether the most probable tokens were asked for, too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, top: bool) -> None:
-        self._tokenizer, self._top = tokenizer, top
+    def __init__(self, tokenizer: Tokenizer, token_bytes: TokenBytes, top: bool) -> None:
+        self._token_bytes, self._top = token_bytes, top
         self._decoder = tokenizer.stream(skip_special_tokens=True, continuing=True)
         self._shown = tokenizer.stream(skip_special_tokens=False, continuing=True)
         self._offset = 0
@@ -66,7 +68,7 @@ class LogprobWriter:
         )
 
     def _add(self, entries: CompletionLogprobs, sampled: Sampled, text: str) -> None:
-        entries.tokens.append(_spelled(self._tokenizer, sampled.token))
+        entries.tokens.append(_spelled(self._token_bytes, sampled.token))
         entries.token_logprobs.append(sampled.logprob)
         entries.text_offset.append(self._offset)
         self._offset += len(text)
@@ -79,12 +81,12 @@ class LogprobWriter:
         best: dict[str, float] = {}
         # OpenAI's has the chosen token, too, and two tokens may be spelled the same.
         for token, logprob in (*sampled.top, (sampled.token, sampled.logprob)):
-            best.setdefault(_spelled(self._tokenizer, token), logprob)
+            best.setdefault(_spelled(self._token_bytes, token), logprob)
         return best
 
 
-def _spelled(tokenizer: Tokenizer, token: int) -> str:
-    data = tokenizer.token_bytes(token)
+def _spelled(token_bytes: TokenBytes, token: int) -> str:
+    data = token_bytes(token)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

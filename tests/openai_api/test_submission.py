@@ -19,7 +19,7 @@ def run(
 ) -> None:
     async def main() -> None:
         engine = ScriptedEngine(script)
-        await asyncio.wait_for(test(Submission(engine, [REQUEST]), engine), 10)  # type: ignore[arg-type]
+        await asyncio.wait_for(test(Submission(engine, [REQUEST], True), engine), 10)  # type: ignore[arg-type]
 
     asyncio.run(main())
 
@@ -59,7 +59,18 @@ def test_news_arrive_one_by_one_if_they_are_awaited() -> None:
     async def main() -> None:
         loops.append(asyncio.get_running_loop())
         engine = ScriptedEngine(script)
-        await asyncio.wait_for(read(Submission(engine, [REQUEST]), engine), 10)  # type: ignore[arg-type]
+        await asyncio.wait_for(read(Submission(engine, [REQUEST], True), engine), 10)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+
+
+def test_a_reader_in_no_hurry_is_told_of_the_end_alone() -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(say(*"abc"))
+        submission = Submission(engine, [REQUEST], False)  # type: ignore[arg-type]
+        (news,) = await asyncio.wait_for(submission.news(), 10)
+        assert news.finished
+        assert news.choices[0].text == "abc"
 
     asyncio.run(main())
 
@@ -95,7 +106,7 @@ def test_a_request_whose_event_loop_is_gone_is_cancelled() -> None:
 
     async def submit() -> ScriptedEngine:
         engine = ScriptedEngine(lambda request, player: players.append(player))
-        Submission(engine, [REQUEST])  # type: ignore[arg-type]
+        Submission(engine, [REQUEST], True)  # type: ignore[arg-type]
         while not players:
             await asyncio.sleep(0.001)
         return engine
