@@ -81,7 +81,10 @@ class ChatTemplate:
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
-        data = {name: _plain(value, name) for name, value in context.items()}
+        try:
+            data = {name: _plain(value, name) for name, value in context.items()}
+        except RecursionError:
+            raise TemplateError("the conversation or a tool is nested too deeply") from None
         try:
             return self._template.render(data)
         except Exception as reason:  # a template can fail in any way that Python can

@@ -232,6 +232,14 @@ def test_errors_name_the_line_and_the_reason(text: str, expected: str) -> None:
     assert str(caught.value).startswith(expected)
 
 
+def test_values_that_are_nested_too_deeply_are_refused() -> None:
+    deep: object = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(TemplateError, match="the conversation or a tool is nested too deeply"):
+        ChatTemplate("").render([{"role": "user", "content": deep}])
+
+
 def test_where_templates_are_found(tmp_path: Path) -> None:
     assert load_chat_templates(tmp_path) == {}
     config = tmp_path / "tokenizer_config.json"

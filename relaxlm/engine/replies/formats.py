@@ -99,7 +99,7 @@ def _function(reader: Reader, sink: Sink, tools: ToolRequest) -> Wait:
     try:
         yield from xml_calls.qwen_call(reader, sink, tools.functions)
     except NotACall:
-        reader.pos = start
+        reader.back(start)
         yield from tagged_calls.function_tag(reader, sink)
 
 

@@ -25,6 +25,7 @@ class _Found:
     name: str | None = None
     arguments: str | None = None
     begun: bool = False
+    nested: bool = False  # the members are those of "function" in an outer object
 
 
 def calls(reader: Reader, sink: Sink, names: Collection[str] | None = None) -> Wait:
@@ -51,9 +52,10 @@ def calls(reader: Reader, sink: Sink, names: Collection[str] | None = None) -> W
             reader.pos = start
             return
         try:
+            reader.check_patience()
             yield from call(reader, sink, names)
         except NotACall:
-            reader.pos = start
+            reader.back(start)
             return
 
 
@@ -101,7 +103,7 @@ def _members(
             if not found.begun:
                 raise
             # A call that lacks its last brace is a call nevertheless.
-            reader.pos = start
+            reader.back(start)
             return
 
 
@@ -128,7 +130,8 @@ def _member(
             if found.name is not None:
                 _begin(sink, found, names)
                 sink.arguments(found.arguments)
-    elif key == "function" and (yield from reader.peek()) == "{":
+    elif key == "function" and not found.nested and (yield from reader.peek()) == "{":
+        found.nested = True
         yield from _members(reader, sink, found, names)
     else:
         yield from json_value(reader)
@@ -144,13 +147,13 @@ def _as_object(text: str) -> str:
     """Arguments that are no object: none at all, or an object in a string."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise NotACall from None
     if isinstance(value, str):
         try:
             if isinstance(json.loads(value), dict):
                 return value
-        except ValueError:
+        except (ValueError, RecursionError):
             raise NotACall from None
     if isinstance(value, dict):
         return text

@@ -81,9 +81,10 @@ def read_reply(
         start = reader.pos
         try:
             assert read_calls is not None
+            reader.check_patience()
             yield from read_calls(reader, sink, mark)
         except NotACall:
-            reader.pos = start
+            reader.back(start)
             sink.content(mark)
 
 

@@ -15,6 +15,11 @@ class NotACall(Exception):
     """What looked like the beginning of a tool call is none."""
 
 
+# Characters that may be read in vain, because what looks like a call is none. Without a limit the
+# time for a reply could grow by the square of its length.
+_VAIN_LIMIT = 1_000_000
+
+
 class Reader:
     """The text that is still to be read is `text[pos:]`; `ended` means that no more will come."""
 
@@ -22,6 +27,20 @@ class Reader:
         self.text = ""
         self.pos = 0
         self.ended = False
+        self._vain = 0
+
+    def back(self, pos: int) -> None:
+        """Go back to where an attempt began that has failed."""
+        self._vain += self.pos - pos
+        self.pos = pos
+
+    def check_patience(self) -> None:
+        """
+        Raises:
+            NotACall: too many attempts have failed; the rest of the reply is content.
+        """
+        if self._vain > _VAIN_LIMIT:
+            raise NotACall
 
     def feed(self, piece: str) -> None:
         self.text += piece

@@ -74,9 +74,10 @@ def deepseek(reader: Reader, sink: Sink) -> Wait:
         if (yield from reader.skip_after_space(DEEPSEEK_END)):
             return
         try:
+            reader.check_patience()
             yield from _deepseek_call(reader, sink)
         except NotACall:
-            reader.pos = 0
+            reader.back(0)
             return
 
 

@@ -122,7 +122,7 @@ def _value(
 def _typed(text: str, types: frozenset[str]) -> str:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
     if "string" in types and json_type(value) not in types:
         return json.dumps(text, ensure_ascii=False)

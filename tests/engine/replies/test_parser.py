@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (the bar is DeepSeek's)
 from itertools import pairwise
 
 import pytest
@@ -172,3 +173,41 @@ def test_ids_of_the_model_itself() -> None:
     text = "[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{}[TOOL_CALLS]f[CALL_ID]short[ARGS]{}"
     message = parsed(parser("mistral_call_id"), [text])
     assert [call.id for call in message.tool_calls] == ["abcdefghi", "id0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "piece"),
+    [
+        ("json", '{"type": {"id": '),
+        ("json", '{"function": '),
+        ("json", "[" * 16),
+        ("hermes", '<tool_call>{"x": ['),
+        ("hermes", '<tool_call>{"arguments": {"a": '),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}}, {"x": ['),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}, "x": ['),
+        ("deepseek", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"),
+        ("qwen3_coder", "<function=f><parameter=n>["),
+    ],
+)
+def test_the_time_does_not_grow_by_the_square(name: str, piece: str) -> None:
+    text = piece * 3000
+    new = parser(name, "none")
+    message = parsed(new, [text, "x"])
+    assert len(message.content or "") + sum(len(c.arguments) for c in message.tool_calls) > 3000
+    assert new._reader._vain < 1_000_000 + 2 * len(text)
+
+
+def test_a_long_reply_of_failed_calls_ends_in_content() -> None:
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    text = '<tool_call>{"x": [' * 3000
+    assert parsed(parser("hermes"), [text[:1700], call]).tool_calls
+    assert parsed(parser("hermes"), [text, call]) == ReplyMessage(content=text + call)
+
+
+def test_values_that_are_nested_deeply() -> None:
+    deep = "[" * 5000 + "]" * 5000
+    text = '<tool_call>{"name": "f", "arguments": %s}' % deep  # noqa: UP031
+    assert parsed(parser("hermes"), [text]) == ReplyMessage(content=text)
+    text = f"<function=f><parameter=n>{deep}</parameter></function>"
+    (call,) = parsed(parser("qwen3_coder"), [text]).tool_calls
+    assert call.arguments == f'{{"n": "{deep}"}}'
