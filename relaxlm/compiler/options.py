@@ -190,8 +190,8 @@ def check_opt(options: CompileOptions, scheme: Scheme, device: DeviceTarget) -> 
     """
     if options.batch_invariant and device.kind != "cpu":
         raise ConfigError(
-            f"--opt {BATCH_INVARIANT} is for device 'cpu', not '{device.kind}', whose kernels add "
-            "up in an order that depends on the step. Leave it out, or compile for the CPU"
+            f"--opt {BATCH_INVARIANT} is for device 'cpu', not '{device.kind}', whose kernels have "
+            "not been shown to add up in one order. Leave it out, or compile for the CPU"
         )
     reason = why_not_rounded(scheme, device) if options.act_quant else None
     if reason:

@@ -52,8 +52,8 @@ def test_products_with_rounded_activations(isa: Isa, scheme: str) -> None:
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     quant = get_scheme(scheme).linear
     assert quant is not None
-    # Full lines of words; a rest of groups and of a panel's rows; of a group.
-    shapes = [(96, 384), (35, 224), (50, 330)]
+    # Full lines of words, and several tasks; a rest of groups and of a panel's rows; of a group.
+    shapes = [(300, 384), (35, 224), (50, 330)]
     kernels = {}
     for n, k in shapes:
         matrix = StoredMatrix(n, k, quant, quant.dtype)

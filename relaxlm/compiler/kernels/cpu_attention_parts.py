@@ -1,8 +1,8 @@
 """Contexts of a few rows in parts: which thread attends over which pages, and how parts merge.
 
-If pages count by position (`Tables.by_position`), parts begin at multiples of `FIXED` pages, each is
-collected for itself, and they are merged from the first to the last, whether a thread took one of
-them or all. So what a row finds depends on nothing but its position.
+If pages count by position (`Tables.by_position`), parts begin at multiples of `FIXED` pages. Each
+is collected for itself, and they are merged from the first to the last, whether a thread took one
+of them or all. So what a row finds depends on nothing but its position.
 """
 
 from dataclasses import dataclass

@@ -160,9 +160,9 @@ class _Block:
 
     def _add(self, first: Expr, step: Expr | int) -> None:
         """Scale the sums of a line and add them to the totals."""
-        factors = scratch(BLOCK_GROUPS * LANES, "float32")
-        for g, factor in enumerate(self._factors(first, step)):
-            T.buffer_store(factors, factor, [T.ramp(g * LANES, 1, LANES)])
+        scales = scratch(BLOCK_GROUPS * LANES, "float32")
+        for g, factor in enumerate(factors(self.matrix, self.scales, first, step)):
+            T.buffer_store(scales, factor, [T.ramp(g * LANES, 1, LANES)])
         with T.serial(self.m) as row:
             total = scratch(LANES, "float32")
             for g in range(BLOCK_GROUPS):
@@ -171,38 +171,12 @@ class _Block:
                 sums = self.room.vload([self._sums(step, g, T.cast(row, "int32"))], "int32x16")
                 scale = self.packed[row, self.place.scales + step * BLOCK_GROUPS + g]
                 wide = splat(T.reinterpret("float32", scale), LANES)
-                both = factors.vload([g * LANES], "float32x16") * wide
+                both = scales.vload([g * LANES], "float32x16") * wide
                 before = total.vload([0], "float32x16")
                 added = multiply_add(T.cast(sums, "float32x16"), both, before)
                 T.buffer_store(total, added, [T.ramp(0, 1, LANES)])
                 if self.parts > 1 or g == BLOCK_GROUPS - 1:
                     self._put_total(row, total.vload([0], "float32x16"), g % self.parts)
-
-    def _factors(self, first: Expr, step: Expr | int) -> list[Expr]:
-        """The scales of four groups, each of 16 rows of W, float32x16."""
-
-        def four_rows(row: int) -> Expr:
-            """[row, group]"""
-            fours = [
-                self.scales.vload(
-                    [(first + row + i) * self.matrix.groups + step * BLOCK_GROUPS],
-                    f"{self.matrix.dtype}x4",
-                )
-                for i in range(4)
-            ]
-            return to_float32(_shuffle(fours, range(LANES)), LANES)
-
-        def two_groups(row: int, group: int) -> Expr:
-            """[group, row], eight rows"""
-            picked = [4 * r + g for g in (group, group + 1) for r in (0, 1, 2, 3, 4, 5, 6, 7)]
-            return _shuffle([four_rows(row), four_rows(row + 4)], picked)
-
-        factors = []
-        for group in range(BLOCK_GROUPS):
-            both = [two_groups(row, group // 2 * 2) for row in (0, 8)]
-            eight = [i + group % 2 * 8 for i in range(8)]
-            factors.append(_shuffle(both, [*eight, *(i + LANES for i in eight)]))
-        return factors
 
     def _total_at(self, row: Expr, part: int) -> Expr:
         return self.totals + (T.cast(row, "int32") * self.parts + part) * LANES
@@ -214,6 +188,32 @@ class _Block:
     def _put_total(self, row: Expr, total: Expr, part: int) -> None:
         ramp = T.ramp(self._total_at(row, part), 1, LANES)
         T.buffer_store(self.room, T.reinterpret("int32x16", total), [ramp])
+
+
+def factors(matrix: StoredMatrix, scales: tirx.Buffer, first: Expr, step: Expr | int) -> list[Expr]:
+    """The scales of a line's four groups, each of 16 rows of W from `first` on, float32x16."""
+
+    def four_rows(row: int) -> Expr:
+        """[row, group]"""
+        fours = [
+            scales.vload(
+                [(first + row + i) * matrix.groups + step * BLOCK_GROUPS], f"{matrix.dtype}x4"
+            )
+            for i in range(4)
+        ]
+        return to_float32(_shuffle(fours, range(LANES)), LANES)
+
+    def two_groups(row: int, group: int) -> Expr:
+        """[group, row], eight rows"""
+        picked = [4 * r + g for g in (group, group + 1) for r in (0, 1, 2, 3, 4, 5, 6, 7)]
+        return _shuffle([four_rows(row), four_rows(row + 4)], picked)
+
+    vectors = []
+    for group in range(BLOCK_GROUPS):
+        both = [two_groups(row, group // 2 * 2) for row in (0, 8)]
+        eight = [i + group % 2 * 8 for i in range(8)]
+        vectors.append(_shuffle(both, [*eight, *(i + LANES for i in eight)]))
+    return vectors
 
 
 def _shuffle(vectors: list[Expr], lanes) -> Expr:

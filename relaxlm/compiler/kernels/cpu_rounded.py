@@ -5,8 +5,8 @@
     more        cpu_amx        cpu_int8_gemm   cpu_narrow
 
 The rows of x come packed as `rounding.Rounding` says. Where a row's result must not depend on the
-number of rows (`invariant`), all kernels add up the products of groups in one order, and what
-avx512 has for more rows serves amx, too.
+number of rows (`invariant`), all kernels add up the products of groups in one order, and amx has
+cpu_amx_int8 or, where rows of W are long or do not fit it, cpu_int8_gemm for more rows.
 """
 
 from types import ModuleType
@@ -15,7 +15,14 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from relaxlm.compiler.kernels import cpu_amx, cpu_few_rows, cpu_int8_gemm, cpu_narrow, tuning
+from relaxlm.compiler.kernels import (
+    cpu_amx,
+    cpu_amx_int8,
+    cpu_few_rows,
+    cpu_int8_gemm,
+    cpu_narrow,
+    tuning,
+)
 from relaxlm.compiler.kernels.builder import emit, length, tensor
 from relaxlm.compiler.kernels.cpu_elementwise import for_each_row, gated
 from relaxlm.compiler.kernels.isa import Isa
@@ -38,11 +45,14 @@ def supports_gated(matrix: StoredMatrix, isa: Isa) -> bool:
 
 def supports(matrix: StoredMatrix, isa: Isa, invariant: bool = False) -> bool:
     """Whether there are kernels for a weight's format, for every number of rows."""
-    return all(kernels.supports(matrix, isa) for kernels in _kernels(isa, invariant))
+    return all(kernels.supports(matrix, isa) for kernels in _kernels(matrix, isa, invariant))
 
 
-def _kernels(isa: Isa, invariant: bool) -> tuple[ModuleType, ModuleType]:
-    return KERNELS["avx512" if invariant and isa == "amx" else isa]
+def _kernels(matrix: StoredMatrix, isa: Isa, invariant: bool) -> tuple[ModuleType, ModuleType]:
+    if invariant and isa == "amx":
+        many = cpu_amx_int8 if cpu_amx_int8.supports(matrix, isa) else cpu_int8_gemm
+        return cpu_few_rows, many
+    return KERNELS[isa]
 
 
 @tuning.cached
@@ -52,7 +62,7 @@ def rounded_matmul_kernel(matrix: StoredMatrix, isa: Isa, invariant: bool = Fals
     `invariant`: whether a row's result may not depend on m.
     """
     assert supports(matrix, isa, invariant), (matrix, isa)
-    few, many = _kernels(isa, invariant)
+    few, many = _kernels(matrix, isa, invariant)
 
     def body() -> None:
         m = length("m")
@@ -68,8 +78,8 @@ def rounded_matmul_kernel(matrix: StoredMatrix, isa: Isa, invariant: bool = Fals
             with T.Then():
                 few.emit_matmul(*operands, invariant)
             with T.Else():
-                if invariant:
-                    many.emit_matmul(*operands, cpu_few_rows.QUARTERS)
+                if many is cpu_int8_gemm and invariant:
+                    cpu_int8_gemm.emit_matmul(*operands, cpu_few_rows.QUARTERS)
                 else:
                     many.emit_matmul(*operands)
 
