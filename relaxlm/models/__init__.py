@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # model_type of config.json -> module of this package. One line per architecture.
 MODELS = {
+    "gpt2": "gpt2",
+    "gpt_bigcode": "gpt_bigcode",
+    "gpt_neox": "gpt_neox",
+    "gptj": "gptj",
     "llama": "llama",
     "mistral": "mistral",
     "qwen2": "qwen2",
@@ -65,13 +69,11 @@ def _without_mlc_spelling(raw: dict[str, Any]) -> dict[str, Any]:
     """The `model_config` of folders published for MLC and WebLLM, spelled as in config.json.
 
     Those tools write what their model definition reads: the base of the rotary embedding under
-    its own name, and neither the activation (silu in every family here) nor the trained length.
     """
     if "position_embedding_base" not in raw:
         return raw
     raw = dict(raw)
     raw.setdefault("rope_theta", raw.pop("position_embedding_base"))
-    raw.setdefault("hidden_act", "silu")
     if (raw.get("context_window_size") or 0) > 0:
         raw.setdefault("max_position_embeddings", raw["context_window_size"])
     return raw

@@ -6,16 +6,18 @@ operator that `compiler/passes/lower_paged_attention.py` turns into kernels for 
 one cache format.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from tvm import relax, te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op, spec
+from tvm.relax.frontend.nn.exporter import Exporter
+from tvm.relax.frontend.nn.spec import ModuleSpec
 
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import Block, Decoder, rotate, take_rows
+from relaxlm.models.layers import Decoder, Norm, RMSNorm, rotate, scaled, take_rows
 from relaxlm.models.weights import ParameterSpec, Role, Source
 
 PAGED_ATTENTION = "relaxlm.paged_attention"
@@ -37,7 +39,7 @@ class Step:
 
     def __init__(self, config: DecoderConfig, positions: Tensor, cache: CacheHandle) -> None:
         self.config, self.cache, self.positions = config, cache, positions
-        self.scale = config.head_dim**-0.5
+        self.scale = config.attention_scale
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def rotary(self, x: Tensor, layer: int) -> Tensor:
@@ -112,24 +114,44 @@ def _cos_sin(
     return table("cos"), table("sin")
 
 
+def _renamed(name: str, parts: Mapping[str, str]) -> str:
+    """A dotted name with some of its parts replaced."""
+    name = f".{name}."
+    for ours, theirs in parts.items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name[1:-1]
+
+
 class CausalLM(nn.Module):
     """A decoder with its entry points. Subclasses make the blocks.
 
     Args:
         blocks: one per layer, each called as `block(x, step, index)`.
+        norm: makes the norm behind the last layer.
     """
 
     # Parameter name parts that hold several checkpoint tensors, concatenated along the output axis.
     fused: ClassVar[dict[str, tuple[str, ...]]] = {}
     # Patterns of checkpoint tensors that no parameter needs.
     ignored: ClassVar[tuple[str, ...]] = ("*.rotary_emb.inv_freq",)
+    # Whole parts of the names of our modules -> what the family's checkpoints call them, in order.
+    checkpoint_names: ClassVar[Mapping[str, str]] = {}
+    # The same for parameters of the compiled model, which are called as in folders that are
+    # published for MLC.
+    published_names: ClassVar[Mapping[str, str]] = {}
+    # Added to the weight of every norm: some families store what it differs from 1 by.
+    norm_shift: ClassVar[float] = 0.0
+    # Whether lm_head has a bias.
+    head_bias: ClassVar[bool] = False
 
-    def __init__(self, config: DecoderConfig, blocks: Sequence[Block]) -> None:
+    def __init__(
+        self, config: DecoderConfig, blocks: Sequence[nn.Module], norm: Norm = RMSNorm
+    ) -> None:
         self.config = config
-        self.model = Decoder(config, blocks)
+        self.model = Decoder(config, blocks, norm)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(
-                config.hidden_size, config.vocab_size, bias=False, out_dtype="float32"
+                config.hidden_size, config.vocab_size, bias=self.head_bias, out_dtype="float32"
             )
 
     def forward(
@@ -151,7 +173,7 @@ class CausalLM(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids [n] to the vectors the first layer reads [n, hidden]."""
-        return self.model.embed_tokens(input_ids)
+        return scaled(self.model.embed_tokens(input_ids), self.config.embedding_scale)
 
     def _layers(self, x: Tensor, positions: Tensor, cache: CacheHandle) -> Iterator[Tensor]:
         step = Step(self.config, positions, cache)
@@ -162,8 +184,10 @@ class CausalLM(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         if self.config.tie_word_embeddings:
             weight = self.model.embed_tokens.weight
-            return op.matmul(x, op.permute_dims(weight), out_dtype="float32")
-        return self.lm_head(x)
+            logits = op.matmul(x, op.permute_dims(weight), out_dtype="float32")
+        else:
+            logits = self.lm_head(x)
+        return scaled(logits, self.config.logit_scale)
 
     def export_spec(self) -> dict:
         """Signatures of the entry points, for `export_tvm`."""
@@ -179,10 +203,24 @@ class CausalLM(nn.Module):
             "embed": method(input_ids=ids),
         }
 
+    def export_tvm(self, spec: dict, debug: bool = False, allow_extern: bool = False) -> Any:
+        """As in `nn.Module`, with parameters under their published names."""
+        methods = ModuleSpec.from_raw(spec, self)
+        # The exporter takes parameters from the attributes of a module, and reads nothing else.
+        methods.module = nn.Module()
+        for name, parameter in self.named_parameters():
+            setattr(methods.module, _renamed(name, self.published_names), parameter)
+        return Exporter(debug=debug).build(methods)[: 3 if allow_extern else 2]
+
     def parameter_specs(self) -> list[ParameterSpec]:
         """Every parameter in model order, with the checkpoint tensors it is made of."""
         return [
-            ParameterSpec(name, shape, self._role(name, shape), self._sources(name, shape))
+            ParameterSpec(
+                _renamed(name, self.published_names),
+                shape,
+                self._role(name, shape),
+                self._sources(name, shape),
+            )
             for name, shape in (
                 (name, tuple(int(extent) for extent in parameter.shape))
                 for name, parameter in self.named_parameters()
@@ -191,12 +229,12 @@ class CausalLM(nn.Module):
 
     def ignored_sources(self) -> tuple[str, ...]:
         """Patterns of checkpoint tensors that may stay unused."""
-        return (
-            (*self.ignored, "lm_head.weight") if self.config.tie_word_embeddings else self.ignored
-        )
+        if not self.config.tie_word_embeddings:
+            return self.ignored
+        return (*self.ignored, self._checkpoint_name("lm_head.weight"))
 
     def _role(self, name: str, shape: tuple[int, ...]) -> Role:
-        if len(shape) == 1:
+        if len(shape) == 1 or "norm." in name:
             return "vector"
         if name == "lm_head.weight":
             return "lm_head"
@@ -207,10 +245,14 @@ class CausalLM(nn.Module):
             if f".{part}." in name:
                 rows = self.fused_rows(part)
                 return tuple(
-                    Source(name.replace(part, piece), (count, *shape[1:]))
+                    Source(self._checkpoint_name(name.replace(part, piece)), (count, *shape[1:]))
                     for piece, count in zip(pieces, rows, strict=True)
                 )
-        return (Source(name, shape),)
+        shift = self.norm_shift if name.endswith("norm.weight") else 0.0
+        return (Source(self._checkpoint_name(name), shape, shift=shift),)
+
+    def _checkpoint_name(self, name: str) -> str:
+        return _renamed(name, self.checkpoint_names)
 
     def fused_rows(self, part: str) -> tuple[int, ...]:
         """Output rows of each tensor that a fused parameter is made of."""

@@ -26,6 +26,19 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
+# What `layers.ACTIVATIONS` computes.
+Activation = Literal[
+    "silu",
+    "gelu",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_tanh",
+    "gelu_pytorch_tanh",
+    "relu",
+    "relu2",
+]
+
+
 class DecoderConfig(BaseModel):
     """The configuration fields that decide what a decoder computes.
 
@@ -49,7 +62,7 @@ class DecoderConfig(BaseModel):
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
     head_dim: PositiveInt
-    hidden_act: Literal["silu"]
+    hidden_act: Activation
     norm_eps: float = Field(ge=0)
     max_position_embeddings: PositiveInt
     rope: Rope
@@ -139,6 +152,26 @@ class DecoderConfig(BaseModel):
     def for_context(self, context: int) -> "DecoderConfig":
         """The same model with rotary embeddings for texts of up to `context` tokens."""
         return self.model_copy(update={"rope": self.rope.for_context(context)})
+
+    @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the vectors of the embedding are multiplied by."""
+        return 1.0
+
+    @property
+    def residual_scale(self) -> float:
+        """What attention and MLP are multiplied by where they join the residual stream."""
+        return 1.0
+
+    @property
+    def logit_scale(self) -> float:
+        """What logits are multiplied by."""
+        return 1.0
 
     @property
     def sliding_window(self) -> int:

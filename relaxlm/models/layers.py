@@ -1,13 +1,33 @@
 """Modules that two or more architectures share unchanged."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from relaxlm.models.config import DecoderConfig
+from relaxlm.models.config import Activation, DecoderConfig
+
+
+def _tanh_gelu(x: Tensor) -> Tensor:
+    return op.gelu(x, approximate="tanh")
+
+
+# Under the names of config.json, which has four for the same approximation.
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": op.silu,
+    "gelu": op.gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_tanh": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "relu": op.relu,
+    "relu2": lambda x: op.square(op.relu(x)),
+}
+
+# Makes a norm from a size and an epsilon.
+Norm = Callable[[int, float], nn.Module]
 
 
 class RMSNorm(nn.Module):
@@ -21,19 +41,118 @@ class RMSNorm(nn.Module):
         return op.rms_norm(x, self.weight, axes=[-1], epsilon=self.eps)
 
 
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis (Ba, Kiros and Hinton 2016, arXiv:1607.06450), in float32.
+
+    Args:
+        size: of the last axis, or of the last axes, where heads have a weight each.
+        weight, bias: whether there are such parameters.
+    """
+
+    def __init__(
+        self, size: int | tuple[int, ...], eps: float, weight: bool = True, bias: bool = True
+    ) -> None:
+        shape = size if isinstance(size, tuple) else (size,)
+        self.weight = nn.Parameter(shape) if weight else None
+        self.bias = nn.Parameter(shape) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = [parameter for parameter in (self.weight, self.bias) if parameter is not None]
+
+        def compute(x: te.Tensor, *parameters: te.Tensor) -> te.Tensor:
+            *rows, size = x.shape
+
+            def mean(values: Callable, name: str) -> te.Tensor:
+                j = te.reduce_axis((0, size), "j")
+                total = te.compute(rows, lambda *i: te.sum(values(*i, j), axis=j), name=name)
+                return lambda *i: total(*i) / tirx.Cast("float32", size)
+
+            def value(*index):
+                return x(*index).astype("float32")
+
+            # Two passes: the mean of squares minus the squared mean loses digits.
+            centre = mean(value, "centre")
+            spread = mean(lambda *i: _square(value(*i) - centre(*i[:-1])), "spread")
+            eps = tirx.const(self.eps, "float32")
+
+            def element(*i):
+                result = (value(*i) - centre(*i[:-1])) * tirx.rsqrt(spread(*i[:-1]) + eps)
+                own = [p(*i[-len(p.shape) :]).astype("float32") for p in parameters]
+                if self.weight is not None:
+                    result = result * own[0]
+                if self.bias is not None:
+                    result = result + own[-1]
+                return result.astype(x.dtype)
+
+            return te.compute(x.shape, element, name="layer_norm")
+
+        return op.tensor_expr_op(compute, "layer_norm", [x, *given])
+
+
+def _square(value):
+    return value * value
+
+
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) with gate and up in one matrix (Shazeer 2020, arXiv:2002.05202).
+    """down(act(gate(x)) * up(x)) with gate and up in one matrix (Shazeer 2020, arXiv:2002.05202).
 
     [n, hidden] -> [n, hidden].
     """
 
     def __init__(self, config: DecoderConfig, bias: bool = False) -> None:
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(op.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), [n, hidden] -> [n, hidden]."""
+
+    def __init__(self, config: DecoderConfig, bias: bool = True) -> None:
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embeddings and one matrix for q, k and v.
+
+    Args:
+        qkv_bias, out_bias: whether the projections have biases.
+        head_norm: makes the norm of every query and key head, before they turn.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        head_norm: Norm | None = None,
+    ) -> None:
+        self.config = config
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        width = config.num_attention_heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=out_bias)
+        if head_norm is not None:
+            self.q_norm = head_norm(config.head_dim, config.norm_eps)
+            self.k_norm = head_norm(config.head_dim, config.norm_eps)
+        self.head_norm = head_norm is not None
+
+    def forward(self, x: Tensor, step, layer: int) -> Tensor:
+        q, k, v = split_heads(self.qkv_proj(x), self.config)
+        if self.head_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = step.attention(layer, step.rotary(q, layer), step.rotary(k, layer), v)
+        return self.o_proj(merge_heads(out))
 
 
 class Attends(Protocol):
@@ -42,27 +161,73 @@ class Attends(Protocol):
     def __call__(self, x: Tensor, step, layer: int) -> Tensor: ...
 
 
-class Block(nn.Module):
-    """Attention and a gated MLP, each behind a norm and added to the residual stream."""
+class Feeds(Protocol):
+    """A feed-forward module as `Block` calls it: [n, hidden] -> [n, hidden]."""
 
-    def __init__(self, config: DecoderConfig, attention: Attends, mlp: GatedMLP) -> None:
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(
+        self, config: DecoderConfig, attention: Attends, mlp: Feeds, norm: Norm = RMSNorm
+    ) -> None:
         self.self_attn = attention
         self.mlp = mlp
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = norm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = norm(config.hidden_size, config.norm_eps)
+        self.scale = config.residual_scale
 
     def forward(self, x: Tensor, step, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), step, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + scaled(self.self_attn(self.input_layernorm(x), step, layer), self.scale)
+        return x + scaled(self.mlp(self.post_attention_layernorm(x)), self.scale)
+
+
+class ParallelBlock(nn.Module):
+    """Attention and an MLP that read the same residual stream, both added to it.
+
+    Args:
+        norms: 1, read by both, or one for each (GPT-NeoX).
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        attention: Attends,
+        mlp: Feeds,
+        norm: Norm = RMSNorm,
+        norms: int = 1,
+    ) -> None:
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = norm(config.hidden_size, config.norm_eps)
+        if norms == 2:
+            self.post_attention_layernorm = norm(config.hidden_size, config.norm_eps)
+        self.norms = norms
+
+    def forward(self, x: Tensor, step, layer: int) -> Tensor:
+        normed = self.input_layernorm(x)
+        attended = self.self_attn(normed, step, layer)
+        if self.norms == 2:
+            normed = self.post_attention_layernorm(x)
+        return x + (attended + self.mlp(normed))
 
 
 class Decoder(nn.Module):
     """The parameters under `model.`: embedding, blocks and final norm. `CausalLM` runs them."""
 
-    def __init__(self, config: DecoderConfig, blocks: Sequence[Block]) -> None:
+    def __init__(
+        self, config: DecoderConfig, blocks: Sequence[nn.Module], norm: Norm = RMSNorm
+    ) -> None:
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(list(blocks))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = norm(config.hidden_size, config.norm_eps)
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """x times a constant of the configuration, which mostly is 1."""
+    return x if scale == 1 else x * scale
 
 
 def split_heads(x: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from relaxlm.models import llama
 
 class Config(llama.Config):
     absent: ClassVar[dict] = {
+        "hidden_act": "silu",
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "attention_bias": False,

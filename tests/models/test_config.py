@@ -132,15 +132,16 @@ def test_old_and_new_spelling_of_rope_are_one() -> None:
 BAD = {
     "model_type": (
         {"model_type": "mamba"},
-        "config.json: model_type 'mamba' is not supported. Supported: llama, mistral, qwen2, qwen3",
+        "config.json: model_type 'mamba' is not supported. Supported: " + ", ".join(models.MODELS),
     ),
     "no-model_type": (
         {"model_type": None},
         "config.json: model_type is missing. Is this the config.json of a Hugging Face model?",
     ),
     "activation": (
-        {"hidden_act": "gelu"},
-        "config.json: hidden_act = 'gelu' is not supported: Input should be 'silu'",
+        {"hidden_act": "quick_gelu"},
+        "config.json: hidden_act = 'quick_gelu' is not supported: Input should be 'silu', 'gelu', "
+        "'gelu_new', 'gelu_fast', 'gelu_tanh', 'gelu_pytorch_tanh', 'relu' or 'relu2'",
     ),
     "rope": (
         {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
