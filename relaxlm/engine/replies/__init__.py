@@ -21,13 +21,15 @@ What a parser promises:
 
 - The deltas are the same, put together, for every way of cutting the text.
 - No text is lost but the marks of the format, what a call's object says beside name and arguments,
-  and white space around reasoning and calls.
+  white space around reasoning and calls, and a channel's header (gpt-oss) that the end cuts off.
 - What looks like a call and is none is content. A call is certain once its name is known and its
   arguments have begun. From there on its arguments are passed on as the model writes them, and may
   turn out to be cut off (a reply that ended at its limit) or to be no JSON: check them.
 - A call between marks is reported under any name; an object without a mark around it (formats
   llama3 and json) is a call only if its name is one of the request's functions, because an answer
   may be JSON too.
+- The time is linear in the text: after a million characters read in vain, because what looked like
+  calls was none, the rest is content.
 - Reasoning is only looked for at the beginning of a reply.
 """
 
