@@ -19,6 +19,8 @@ most: 2.1e-6. Weights below float32's range count as 0: 2**-126 each.
 
 import math
 import threading
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 
 import numpy as np
 
@@ -38,6 +40,8 @@ _EVERY = 64
 _LARGEST_FLOAT32 = np.finfo(np.float32).max
 # Rows of the table whose columns' maxima bound the largest logits.
 _COLUMN = 64
+# Up to so many of the largest logits are handled as Python's numbers.
+_LISTED = 128
 # So many logits are sorted; more than that go into so many bins first.
 _SORTED = 4096
 _BINS = 4096
@@ -156,6 +160,10 @@ def choose(logits: Logits, config: GenerationConfig, uniform: float) -> int:
     """Steps 3 to 7; the temperature is above 0. Overflow and underflow are right here."""
     values: np.ndarray | None = None
     if 0 < config.top_k < len(logits):
+        if config.top_k <= _LISTED:
+            candidates = _candidates(logits.rounded, config.top_k)
+            if len(candidates) <= 2 * _LISTED:
+                return _choose_from_few(candidates, logits.of(candidates), config, uniform)
         ids, values = most_probable(logits, config.top_k)
     if config.top_p < 1:
         if values is None:
@@ -172,6 +180,32 @@ def choose(logits: Logits, config: GenerationConfig, uniform: float) -> int:
         kept = np.flatnonzero(weights >= config.min_p)  # the largest weight is 1
         ids, weights = ids[kept], weights[kept]
     return int(ids[_draw(weights, uniform)])
+
+
+def _choose_from_few(
+    ids: np.ndarray, values: np.ndarray, config: GenerationConfig, uniform: float
+) -> int:
+    """Steps 3 to 7 for the logits of a few ids, ascending, the `top_k` largest among them.
+
+    In plain Python: after a step of the model, NumPy's code for a dozen operations is not in the
+    processor's caches, and fetching it takes longer than this.
+    """
+    names, numbers = ids.tolist(), values.tolist()
+    order = sorted(range(len(names)), key=numbers.__getitem__, reverse=True)[: config.top_k]
+    largest, temperature = numbers[order[0]], config.temperature
+    weights = [math.exp((numbers[place] - largest) / temperature) for place in order]
+    count = len(order)
+    if config.top_p < 1:
+        sums = list(accumulate(weights))
+        count = min(bisect_left(sums, config.top_p * sums[-1]) + 1, count)
+    if config.min_p > 0:
+        count = min(count, sum(weight >= config.min_p for weight in weights))
+    kept = sorted(zip(order[:count], weights, strict=False))
+    sums = list(accumulate(weight for _, weight in kept))
+    place = bisect_right(sums, uniform * sums[-1])
+    if place == len(sums):  # the product was rounded up
+        place = bisect_left(sums, sums[-1])
+    return names[kept[place][0]]
 
 
 def most_probable(logits: Logits, count: int) -> tuple[np.ndarray, np.ndarray]:
