@@ -44,7 +44,7 @@ class ScriptedEngine:
     def __init__(
         self,
         script: Callable[[GenerationRequest, "Player"], None],
-        template: str = tiny_model.TEMPLATE,
+        template: str | dict | None = tiny_model.TEMPLATE,
         place: Path | None = None,
     ) -> None:
         self._script = script
@@ -141,8 +141,11 @@ def say(*texts: str, stop: bool = True) -> Callable[[GenerationRequest, Player],
     return script
 
 
-def scripted_model(template: str, folder: Path) -> SimpleNamespace:
-    """What services ask of a `ServedModel`: a real tokenizer and template, no weights."""
+def scripted_model(template: str | dict | None, folder: Path) -> SimpleNamespace:
+    """What services ask of a `ServedModel`: a real tokenizer and template, no weights.
+
+    `template` is Jinja, or a conversation template.
+    """
     from relaxlm.runtime.chat_config import ChatConfigFile
     from relaxlm.runtime.prompt import PromptBuilder
 
@@ -159,7 +162,8 @@ def scripted_model(template: str, folder: Path) -> SimpleNamespace:
             "prefill_chunk_size": 128,
             "active_vocab_size": tiny_model.TOKENS,
             "eos_token_id": 2,
-            "relaxlm": {"chat_template": template},
+            "relaxlm": {"chat_template": template} if isinstance(template, str) else {},
+            "conv_template": template if isinstance(template, dict) else None,
         }
     )
     return SimpleNamespace(

@@ -26,11 +26,22 @@ LOOK = {
 CALL = {"id": "c1", "type": "function"} | {
     "function": {"name": "look", "arguments": '{"at": "sky"}'}
 }
+CONVERSATION = {
+    "name": "plain",
+    "system_template": "{system_message}",
+    "roles": {"user": "user", "assistant": "assistant"},
+    "seps": ["\n"],
+    "role_content_sep": ": ",
+    "role_empty_sep": ":",
+    "system_prefix_token_ids": [0],
+}
 Script = Callable[[GenerationRequest, Player], None]
 Answers = Callable[[ApiService, ScriptedEngine], Coroutine[Any, Any, Any]]
 
 
-def serve(script: Script, ask: Answers, template: str = TEMPLATE, **options: Any) -> Any:
+def serve(
+    script: Script, ask: Answers, template: str | dict | None = TEMPLATE, **options: Any
+) -> Any:
     async def run() -> Any:
         engine = ScriptedEngine(script, template)
         service = ApiService(engine, **options)  # type: ignore[arg-type]
@@ -55,18 +66,24 @@ async def stream(service: ApiService, **fields: Any) -> ReplyStream[ChatCompleti
     return reply
 
 
-def ask(template: str = TEMPLATE, script: Script | None = None, **fields: Any) -> ChatCompletion:
+def ask(
+    template: str | dict | None = TEMPLATE, script: Script | None = None, **fields: Any
+) -> ChatCompletion:
     return serve(script or say("Hi"), lambda service, _: answer(service, **fields), template)
 
 
-def chunks(script: Script, template: str = TEMPLATE, **fields: Any) -> list[ChatCompletionChunk]:
+def chunks(
+    script: Script, template: str | dict | None = TEMPLATE, **fields: Any
+) -> list[ChatCompletionChunk]:
     async def collect(service: ApiService, _: ScriptedEngine) -> list[ChatCompletionChunk]:
         return [chunk async for chunk in await stream(service, **fields)]
 
     return serve(script, collect, template)
 
 
-def submitted(template: str = TEMPLATE, **fields: Any) -> tuple[GenerationRequest, str]:
+def submitted(
+    template: str | dict | None = TEMPLATE, **fields: Any
+) -> tuple[GenerationRequest, str]:
     """What the engine was asked, and the text of its prompt."""
 
     async def run(service: ApiService, engine: ScriptedEngine) -> tuple[GenerationRequest, str]:
@@ -77,7 +94,7 @@ def submitted(template: str = TEMPLATE, **fields: Any) -> tuple[GenerationReques
     return serve(say("Hi"), run, template)
 
 
-def refused(template: str = TEMPLATE, **fields: Any) -> ApiError:
+def refused(template: str | dict | None = TEMPLATE, **fields: Any) -> ApiError:
     with pytest.raises(ApiError) as info:
         ask(template, **fields)
     return info.value
@@ -115,6 +132,23 @@ def test_developers_are_the_system_where_a_template_does_not_know_them() -> None
     assert submitted(messages=messages)[1].startswith("<|im_start|>system\nBe brief.")
     knows = TEMPLATE.replace("'user',", "'user', 'developer',")
     assert submitted(knows, messages=messages)[1].startswith("<|im_start|>developer\n")
+
+
+def test_conversation_templates_have_their_leading_tokens_and_no_variables() -> None:
+    messages = [*USER, {"role": "assistant", "content": "I am"}]
+    _, prompt = submitted(CONVERSATION, messages=messages, continue_final_message=True)
+    assert prompt == "<|endoftext|>user: Hello\nassistant: I am"
+    assert submitted(CONVERSATION)[1] == "<|endoftext|>user: Hello\nassistant:"
+    error = refused(CONVERSATION, chat_template_kwargs={"x": 1})
+    assert error.param == "chat_template_kwargs.x"
+
+
+def test_a_model_without_a_template_takes_one_text() -> None:
+    _, prompt = submitted(None)
+    assert prompt == "Hello"
+    error = refused(None, messages=[*USER, *USER])
+    assert error.param == "messages"
+    assert "no chat template" in str(error)
 
 
 def test_parts_of_text_are_joined() -> None:
