@@ -22,6 +22,7 @@ from relaxlm.quantization.kv_cache import KV_FORMATS
 from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime.cpu import missing_features
 from tests import reference
+from tests.compiler import aarch64_emulation
 from tests.compiler.test_cpu_attention import PORTABLE, PagedBatch
 from tests.compiler.test_cpu_attention import build as build_one
 from tests.compiler.test_cpu_matmul import build, check, multiply, native_unit
@@ -79,6 +80,31 @@ def test_products_with_rounded_activations(isa: Isa, scheme: str) -> None:
         invariant(products)
         bound = 1e-6 * (np.abs(kept) @ np.abs(weight).T)
         assert (np.abs(products[-1] - kept @ weight.T) <= bound).all()
+
+
+@aarch64_emulation.needs_emulator
+@pytest.mark.parametrize("isa", ["dotprod", "i8mm"])
+def test_products_with_rounded_activations_on_arm(isa: Isa) -> None:
+    quant, n, k = get_scheme("q4f16_1").linear, 21, 224
+    assert quant is not None
+    matrix, rounding = StoredMatrix(n, k, quant, quant.dtype), Rounding(k, isa, invariant=True)
+    kernels = {
+        "multiply": cpu_rounded.rounded_matmul_kernel(matrix, isa, invariant=True),
+        "round": round_kernel(rounding),
+    }
+    program, rng = aarch64_emulation.build(kernels, NEEDS[isa]), np.random.default_rng(4)
+    arrays = quant.quantize(rng.standard_normal((n, k)).astype(np.float32))
+    x = rng.standard_normal((max(ROWS), k)).astype(np.float32)
+    products = []
+    for m in ROWS:
+        packed = np.zeros((m, rounding.row_words), np.int32)
+        out = np.full((m, n), np.nan, np.float32)
+        program.run("round", x[:m].copy(), packed)
+        program.run("multiply", packed, *arrays.values(), out)
+        products.append(out)
+    invariant(products)
+    expected = x @ quant.dequantize(arrays, (n, k)).T
+    assert reference.relative_error(products[-1], expected) < 1e-2
 
 
 @pytest.mark.parametrize("scheme", ["q4f16_1", "q4f16_0", "q8f16_1", "q3f16_1", "q0f16", "q0f32"])
@@ -198,6 +224,14 @@ def test_attention(
 
 def test_attention_on_any_cpu() -> None:
     attention = Attention(AttentionShape(4, 2, 16, 0, 0, scale=0.25), "float32", False, PORTABLE)
+    # Tokens that a row does not see count nothing, not even as much as no sum would show.
+    _, values = attention.batch.tensors
+    zeroed, pages = values.numpy().copy(), attention.batch.pages[0]
+    for token in range(40):
+        zeroed[pages[token // 16], :, token % 16] = 0
+    attention.batch.tensors[1] = tvm.runtime.tensor(zeroed)
+    assert not attention.attend([(0, 39, 40)])[0].any()
+    assert not attention.attend([(0, 0, 200)])[0][:40].any()
     (whole,) = attention.attend([(1, 0, 700)])
     for start in (0, 511, 512, 699):
         (row,) = attention.attend([(1, start, start + 1)])
