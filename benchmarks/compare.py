@@ -53,7 +53,7 @@ PROGRAMS = {
 }
 # torch comes first and exactly so: with no torch there, pip takes one with gigabytes of CUDA.
 INSTALL: dict[str, list[list[str]]] = {
-    "llama.cpp": [["llama-cpp-python==0.3.36", "gguf"]],
+    "llama.cpp": [["llama-cpp-python[server]==0.3.36", "gguf"]],
     "openvino": [["torch==2.13.0"], ["openvino-genai==2026.4.1", "optimum-intel", "nncf"]],
     "onnxruntime": [
         ["torch==2.13.0"],

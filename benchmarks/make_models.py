@@ -126,15 +126,19 @@ def write_weights(config: dict[str, Any], path: Path) -> None:
 
 
 def write_tokenizer(config: dict[str, Any], folder: Path) -> None:
-    """Byte-level BPE of the model's size: every byte, every pair of bytes, then triples."""
+    """Byte-level BPE of the model's size: every byte, then pairs and triples of ASCII.
+
+    So nearly every token is text by itself, as in real ones; a part of a character would be held
+    back until the rest comes.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable]
     letters += [chr(256 + i) for i in range(256 - len(printable))]
     size = config["vocab_size"] - 2
     tokens, merges = list(letters), []
-    grown = letters
+    grown = ascii_letters = [chr(256 + ord(" ")), *(chr(byte) for byte in range(33, 127))]
     while len(tokens) < size:
-        pairs = [(a, b) for a in grown for b in letters][: size - len(tokens)]
+        pairs = [(a, b) for a in grown for b in ascii_letters][: size - len(tokens)]
         merges += pairs
         grown = [a + b for a, b in pairs]
         tokens += grown

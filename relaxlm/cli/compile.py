@@ -45,7 +45,9 @@ def compile(
             "--opt",
             help="CPU code: LLVM's optimisation level, O1 to O3, and act_quant=0 for matmuls in "
             "float32, or 1 to round their activations, which is several times as fast: "
-            '"O2;act_quant=0". Default: O2, and 1 where CPU and preset have kernels for it.',
+            '"O2;act_quant=0". Default: O2, and 1 where CPU and preset have kernels for it. '
+            "batch_invariant=1: the same logits alone and in any batch, for slower prompts "
+            "(docs/batch-invariance.md).",
         ),
     ] = None,
     debug_dump: Annotated[

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor as Workers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from relaxlm.engine.job import Branch, Job
 from relaxlm.engine.prefix_cache import PrefixCache
-from relaxlm.engine.scheduler import Part, Scheduler, StepLimits, wants_prompt_logprobs
+from relaxlm.engine.scheduler import Part, Scheduler, StepLimits
 from relaxlm.engine.speculation import NgramDrafts
 from relaxlm.engine.types import EngineStats
 from relaxlm.errors import LibraryError, RelaxLMError
@@ -116,7 +116,7 @@ class EngineCore:
         return events
 
     def stats(self) -> EngineStats:
-        """The counters, which go on counting, with the state of now."""
+        """The counters and the state of now."""
         counts, scheduler, pool = self.counts, self.scheduler, self.sequences.pool
         counts.running = len({branch.job.id for branch in scheduler.running})
         counts.waiting = len(self.jobs) - counts.running
@@ -124,7 +124,7 @@ class EngineCore:
         counts.pages_used = pool.used - counts.pages_cached
         counts.preemptions = scheduler.preemptions
         counts.prefix_tokens, counts.prefix_hits = scheduler.prefix_tokens, scheduler.prefix_hits
-        return counts
+        return replace(counts, batch_sizes=dict(counts.batch_sizes))
 
     def check(self) -> None:
         """Assert that pages, tables and the prefix cache agree."""
@@ -141,9 +141,9 @@ class EngineCore:
             tables = self.sequences.batch(
                 [(part.branch.sequence, part.count + len(part.draft)) for part in parts]
             )
-            self.executor.copy_pages(*self.sequences.take_copies())
             ids, rows = _inputs(parts)
             started = time.perf_counter()
+            self.executor.copy_pages(*self.sequences.take_copies())
             logits = self.executor.forward(tables, ids, rows)
             counts.forward_seconds += time.perf_counter() - started
         except Exception as error:  # nobody's request may end the engine
@@ -154,47 +154,41 @@ class EngineCore:
                 self._events.append(Event(job, -1, error=_step_failed(error)))
             return
         counts.batch_sizes[len(parts)] = counts.batch_sizes.get(len(parts), 0) + 1
-        counts.prompt_tokens += sum(part.count for part in parts if not part.branch.generated)
-        chosen = self._choose(parts, logits)
-        for branch, tokens in chosen:
+        for branch, tokens in self._choose(parts, logits):
             self._accept(branch, tokens)
 
     def _choose(
         self, parts: list[Part], logits: np.ndarray
     ) -> list[tuple[Branch, list[Sampled | LibraryError]]]:
         """The next tokens of every reply whose prompt is computed, from the rows of its part."""
+        ready: list[tuple[Branch, tuple[int, ...]]] = []
+        picked: list[int] = []  # a row for each
         row = 0
-        first_rows: list[int] = []
-        branches: list[Branch] = []
-        drafts: list[tuple[int, ...]] = []
         for part in parts:
-            branch, rows = part.branch, part.rows
-            if wants_prompt_logprobs(branch):
-                _add_prompt_logprobs(branch, part, logits[row : row + rows])
+            branch, job, draft = part.branch, part.branch.job, part.draft
             finished = part.count == branch.remaining
-            if not part.draft:
+            if not job.forked:
+                self.counts.prompt_tokens += part.count
+                if job.request.prompt_logprobs:
+                    _add_prompt_logprobs(branch, part, logits[row : row + part.rows])
+            if not draft:
                 self.scheduler.computed(branch, part.count)
+            row += part.rows
             if finished:
-                fresh = [branch]
-                if not branch.job.forked:
-                    fresh = self.scheduler.fork(branch.job)
-                for other in fresh:
-                    branches.append(other)
-                    first_rows.append(row + rows - 1 - len(part.draft))
-                    drafts.append(part.draft)
-            row += rows
-        ready = [i for i, branch in enumerate(branches) if self._set_mask(branch)]
+                for reply in (branch,) if job.forked else self.scheduler.fork(job):
+                    if reply.mask is None or self._set_mask(reply):
+                        ready.append((reply, draft))
+                        picked.append(row - 1 - len(draft))
         if not ready:
             return []
-        picked = [first_rows[i] for i in ready]
         whole = picked == list(range(len(logits)))
-        results = sample(logits if whole else logits[picked], [branches[i].state for i in ready])
+        states = [branch.state for branch, _ in ready]
         chosen: list[tuple[Branch, list[Sampled | LibraryError]]] = []
-        for i, result in zip(ready, results, strict=True):
-            branch, draft = branches[i], drafts[i]
+        results = sample(logits if whole else logits[picked], states)
+        for (branch, draft), first, result in zip(ready, picked, results, strict=True):
             tokens = [result]
             if draft:
-                tokens += self._verify(branch, draft, result, logits[first_rows[i] :])
+                tokens += self._verify(branch, draft, result, logits[first:])
             chosen.append((branch, tokens))
         return chosen
 
@@ -248,14 +242,14 @@ class EngineCore:
         return token.token in branch.job.end_tokens
 
     def _set_mask(self, branch: Branch) -> bool:
-        """Wait for the mask of a reply's grammar, if it has one; False if that has failed."""
-        if branch.mask is None:
-            return not branch.ended
+        """Wait for the mask of a reply's grammar; False if that, or another reply's, has failed."""
+        assert branch.mask is not None
+        if branch.ended:
+            return False
         try:
             branch.state.mask = branch.mask.result()
         except Exception as error:  # whatever a grammar does is its own request's affair
             self.fail(branch.job.id, _as_error(error))
-            return False
         return not branch.ended
 
     def _end(self, branch: Branch) -> None:
@@ -288,11 +282,15 @@ def _inputs(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _add_prompt_logprobs(branch: Branch, part: Part, logits: np.ndarray) -> None:
-    """Log probabilities of the tokens behind the part's, as far as the prompt goes."""
+    """Log probabilities of the tokens behind the part's, as far as the prompt goes.
+
+    Args:
+        logits: [rows, vocab] float32, of the part's last tokens.
+    """
     job = branch.job
     prompt, found, top = job.request.prompt, job.prompt_logprobs, job.request.config.top_logprobs
     logits = logits[:, : branch.state.vocab_size]  # behind it is padding
-    for position, row in enumerate(logits, branch.computed):
+    for position, row in enumerate(logits, branch.computed + part.count - part.rows):
         following = position + 1
         # After a preemption the beginning comes again.
         if following < len(prompt) and following == len(found) + 1:

@@ -78,6 +78,7 @@ class Job:
 
     id: int
     request: GenerationRequest
+    prompt_tokens: int
     end_tokens: frozenset[int]
     room: int
     branches: list[Branch] = field(default_factory=list)
@@ -86,10 +87,6 @@ class Job:
     prompt_logprobs: list[Sampled] = field(default_factory=list)
     submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float | None = None
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.prompt)
 
     @property
     def ended(self) -> bool:
@@ -104,7 +101,8 @@ def make_job(job_id: int, request: GenerationRequest, room: int, vocab_size: int
     config = request.config
     own = frozenset() if config.ignore_eos else request.stop_token_ids
     room = min(config.max_tokens or room, room)
-    job = Job(job_id, request, own | frozenset(config.stop_token_ids), room)
+    end_tokens = own | frozenset(config.stop_token_ids)
+    job = Job(job_id, request, len(request.prompt), end_tokens, room)
     for index in range(config.n):
         state = SamplingState(config, request.prompt, vocab_size, index)
         job.branches.append(Branch(job, index, array("i", request.prompt), state))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,14 @@ from relaxlm.engine.job import make_job
 from relaxlm.engine.output import Deliver, Output
 from relaxlm.engine.speculation import NgramDrafts
 from relaxlm.engine.types import EngineStats, GenerationRequest
-from relaxlm.errors import BusyError, ConfigError, ContextOverflowError, RelaxLMError, RequestError
+from relaxlm.errors import (
+    BusyError,
+    ConfigError,
+    ContextOverflowError,
+    LibraryError,
+    RelaxLMError,
+    RequestError,
+)
 from relaxlm.runtime.chat_settings import ChatConfig
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import is_batch_invariant
@@ -48,6 +54,7 @@ class EngineLoop:
     Attributes:
         context_window_size: the most tokens of prompt and reply.
         plan: sizes that follow from `config`, the library and the memory.
+        failure: an error of the engine's own that has ended it; None while all is well.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class EngineLoop:
         self._open = 0  # requests whose receivers have not had the last update
         self._seconds = 1.0  # that a request takes, a moving mean
         self._closing = self._ended = False
+        self.failure: LibraryError | None = None
         self._embeddings: queue.SimpleQueue[EmbeddingJob] = queue.SimpleQueue()
         self._stats = EngineStats(pages_total=self.plan.pages)
         self._news: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -137,6 +145,7 @@ class EngineLoop:
             RequestError: no token, a token outside the vocabulary, or more replies than fit.
             ContextOverflowError: the prompt leaves no room for a reply.
             BusyError: too many requests wait, or the engine is closing.
+            LibraryError: the engine has failed.
         """
         limit = self.plan.limits.sequences
         if not len(request.prompt):
@@ -203,9 +212,8 @@ class EngineLoop:
             self._lock.notify()
 
     def stats(self) -> EngineStats:
-        """The counters as of a moment ago."""
-        stats = self._stats
-        return replace(stats, batch_sizes=dict(stats.batch_sizes))
+        """The counters as of a moment ago; a snapshot, which does not go on counting."""
+        return self._stats
 
     def close(self, drain: float = 0.0) -> None:
         """Take no more requests, let the others go on for `drain` seconds, and end.
@@ -229,6 +237,8 @@ class EngineLoop:
         self.close()
 
     def _refuse_if_busy(self) -> None:
+        if self.failure is not None:
+            raise self.failure
         if self._closing:
             raise BusyError("the engine is closing: try another one", closing=True)
         waiting = self._open - self.plan.limits.sequences
@@ -253,12 +263,19 @@ class EngineLoop:
             started.put(error)
             return
         started.put(None)
+        try:
+            self._steps(core)
+        except BaseException as error:
+            self._fail(error)
+        self._news.put(None)
+
+    def _steps(self, core: EngineCore) -> None:
         current: EmbeddingJob | None = None
         snapshot_at = 0.0
         while True:
             with self._lock:
                 if not (self._inbox or self._ended or core.has_work or current):
-                    self._stats = replace(core.stats())
+                    self._stats = core.stats()
                     self._lock.wait_for(
                         lambda: self._inbox or self._ended or not self._embeddings.empty()
                     )
@@ -278,8 +295,20 @@ class EngineLoop:
             now = time.perf_counter()
             if now - snapshot_at > _SNAPSHOT:
                 snapshot_at = now
-                self._stats = replace(core.stats())
+                self._stats = core.stats()
         self._finish(core, current)
+
+    def _fail(self, reason: BaseException) -> None:
+        """An error in the engine itself: every open request ends with it, and no more are taken."""
+        text = f"the engine has failed: {type(reason).__name__}: {reason}; start it again"
+        error = LibraryError(text)
+        error.__cause__ = reason
+        with self._lock:
+            self.failure = error
+        now = time.perf_counter()
+        self._news.put(lambda: self._output.fail_all(now, error))
+        while not self._embeddings.empty():
+            self._tell_vectors(self._embeddings.get(), error)
 
     def _step(self, core: EngineCore) -> None:
         if events := core.step():
@@ -315,8 +344,7 @@ class EngineLoop:
         while current is not None or not self._embeddings.empty():
             self._tell_vectors(current or self._embeddings.get(), closed)
             current = None
-        self._stats = replace(core.stats())
-        self._news.put(None)
+        self._stats = core.stats()
 
     # The text thread
 

@@ -15,6 +15,7 @@ from relaxlm.engine.types import (
     TokenText,
     Update,
 )
+from relaxlm.errors import RelaxLMError
 from relaxlm.runtime.generator import Reply
 from relaxlm.runtime.stop import StopStrings
 from relaxlm.runtime.tokenizer import Tokenizer
@@ -81,6 +82,12 @@ class Output:
         """Forget a job that was opened and not started after all."""
         with self._lock:
             self._open.pop(job_id, None)
+
+    def fail_all(self, at: float, error: RelaxLMError) -> None:
+        """Tell every open job that the engine has failed."""
+        with self._lock:
+            jobs = list(self._open.values())
+        self.handle(at, [Event(outgoing.job, -1, error=error) for outgoing in jobs])
 
     def handle(self, at: float, events: list[Event]) -> None:
         """Pass on what a step did, one update for each job."""

@@ -187,6 +187,8 @@ class Scheduler:
 
     def _with_room(self, writing: list[Branch]) -> list[Branch]:
         """Those of the replies being written that have a page for their next token."""
+        if self.sequences.pool.free >= len(writing):  # none needs more than one
+            return writing
         while writing:
             needed = self.sequences.pages_needed([(branch.sequence, 1) for branch in writing])
             if self.make_room(needed):

@@ -93,7 +93,7 @@ class ApiServer:
     """
 
     def __init__(self, engine: EngineLoop, settings: ServerSettings) -> None:
-        self.settings = settings
+        self.settings, self.engine = settings, engine
         self.lifetime = Lifetime()
         self.metrics = Metrics(engine.stats)
         self.service = ApiService(
@@ -306,6 +306,8 @@ class ApiServer:
     def _health(self, request: Request) -> Response:
         if self.lifetime.closing:
             raise shutting_down()
+        if self.engine.failure is not None:
+            raise api_error(self.engine.failure)
         return Response('{"status":"ok"}', media_type=_JSON)
 
     def _metrics_text(self, request: Request) -> Response:

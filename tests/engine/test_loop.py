@@ -10,9 +10,16 @@ import pytest
 
 from relaxlm import ChatModule, GenerationConfig
 from relaxlm.engine.config import EngineConfig, plan_cache
+from relaxlm.engine.core import EngineCore
 from relaxlm.engine.loop import EngineLoop
 from relaxlm.engine.types import GenerationRequest, Update
-from relaxlm.errors import BusyError, ConfigError, ContextOverflowError, RequestError
+from relaxlm.errors import (
+    BusyError,
+    ConfigError,
+    ContextOverflowError,
+    LibraryError,
+    RequestError,
+)
 from relaxlm.runtime.library import Library
 from relaxlm.runtime.memory import available_memory, total_memory
 from tests.tiny_model import TOKENS, TinyModel
@@ -236,6 +243,23 @@ def test_closing_drains_then_cancels(tiny):
     assert long.started.wait(LIMIT)
     loop.close()
     assert long.done.is_set() and long.reasons == [(0, "cancelled", None)]
+
+
+def test_an_error_of_the_engine_itself_reaches_every_request(tiny, monkeypatch):
+    def broken(self: EngineCore) -> None:
+        raise ZeroDivisionError("never foreseen")
+
+    with start(tiny) as loop:
+        first = submit_to(loop, "the cat", max_tokens=200, ignore_eos=True)
+        assert first.started.wait(LIMIT)
+        monkeypatch.setattr(EngineCore, "step", broken)
+        first.wait()
+        assert "never foreseen" in str(first.updates[-1].error)
+        assert loop.failure is first.updates[-1].error
+        with pytest.raises(LibraryError, match="the engine has failed"):
+            submit_to(loop, "the cat")
+        with pytest.raises(LibraryError, match="the engine has failed"):
+            loop.embed([[5]], lambda result: None)
 
 
 def test_what_a_library_or_the_memory_does_not_hold_is_refused(tiny):

@@ -133,6 +133,8 @@ class FakeService:
 
 
 class FakeEngine:
+    failure = None
+
     def stats(self) -> EngineStats:
         return EngineStats(pages_total=7)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from relaxlm.errors import LibraryError
+
 from tests.server.serving import FakeService, Running, fake_api, running
 
 
@@ -86,6 +88,14 @@ def test_the_document_describes_every_route(server: Running) -> None:
     assert "HTTPValidationError" not in text
     chat = document["paths"]["/v1/chat/completions"]["post"]
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+
+
+def test_health_tells_of_an_engine_that_has_failed(server: Running, monkeypatch) -> None:
+    failure = LibraryError("the engine has failed: ZeroDivisionError; start it again")
+    monkeypatch.setattr(server.api.engine, "failure", failure)
+    response = httpx.get(server.url + "/health")
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == str(failure)
 
 
 def test_health_may_be_asked_with_head(server: Running) -> None:
