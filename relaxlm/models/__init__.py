@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 
 # model_type of config.json -> module of this package. One line per architecture.
 MODELS = {
+    "gemma": "gemma",
     "gpt2": "gpt2",
     "gpt_bigcode": "gpt_bigcode",
     "gpt_neox": "gpt_neox",
     "gptj": "gptj",
     "llama": "llama",
     "mistral": "mistral",
+    "phi": "phi",
+    "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
 }
 
 

@@ -40,7 +40,7 @@ class Step:
     def __init__(self, config: DecoderConfig, positions: Tensor, cache: CacheHandle) -> None:
         self.config, self.cache, self.positions = config, cache, positions
         self.scale = config.attention_scale
-        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[Any, Any] = {}
 
     def rotary(self, x: Tensor, layer: int) -> Tensor:
         """Rotate [n, heads, head_dim] by each token's position, as the layer does it."""
@@ -51,6 +51,29 @@ class Step:
             frequencies = rope.inverse_frequencies(self.config.head_dim)
             self._tables[rope] = _cos_sin(self.positions, frequencies, rope.attention_factor)
         return rotate(x, *self._tables[rope], self.config.rope_in_pairs)
+
+    def scale_by_position(self, q: Tensor, beta: float, length: int) -> Tensor:
+        """Queries [n, heads, head_dim] times 1 + beta log(1 + floor(position / length))."""
+        key = ("scale", beta, length)
+        if key not in self._tables:
+
+            def compute(position: te.Tensor) -> te.Tensor:
+                def factor(t: tirx.Var) -> tirx.Expr:
+                    trained = tirx.floordiv(position[t], length).astype("float32")
+                    return 1 + tirx.const(beta, "float32") * tirx.log(1 + trained)
+
+                return te.compute(position.shape, factor, name="position_scale")
+
+            self._tables[key] = op.tensor_expr_op(compute, "position_scale", [self.positions])
+
+        def compute_scaled(q: te.Tensor, factor: te.Tensor) -> te.Tensor:
+            return te.compute(
+                q.shape,
+                lambda t, h, i: (q[t, h, i].astype("float32") * factor[t]).astype(q.dtype),
+                name="scale_by_position",
+            )
+
+        return op.tensor_expr_op(compute_scaled, "scale_by_position", [q, self._tables[key]])
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append k and v to the cache of `layer`, then attend from q to all that it holds.
@@ -187,7 +210,7 @@ class CausalLM(nn.Module):
             logits = op.matmul(x, op.permute_dims(weight), out_dtype="float32")
         else:
             logits = self.lm_head(x)
-        return scaled(logits, self.config.logit_scale)
+        return scaled(logits, self.config.logits_scale)
 
     def export_spec(self) -> dict:
         """Signatures of the entry points, for `export_tvm`."""

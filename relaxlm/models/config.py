@@ -12,13 +12,17 @@ from relaxlm.models.rope import ROPE_LENGTHS, ROPE_TYPES, Rope
 # bookkeeping of the library that wrote the file, and ids that gen_config reads by itself.
 WITHOUT_EFFECT = frozenset(
     """
-    _name_or_path architectures attention_dropout attention_sink_size auto_map bos_token_id
-    chunk_size_feed_forward context_window_size disaggregation dtype eos_token_id
-    finetuning_task hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
-    kv_cache_dtype label2id layer_types max_batch_size max_window_layers model_type
-    output_attentions output_hidden_states output_scores pad_token_id pipeline_parallel_stages
-    prefill_chunk_size pretraining_tp problem_type quantization_config return_dict
-    rope_parameters rope_scaling rope_theta sliding_window sliding_window_size
+    _name_or_path architectures attention_dropout attention_sink_size attention_softmax_in_fp32
+    attn_pdrop auto_map bos_token_id chunk_size_feed_forward classifier_dropout
+    context_window_size disaggregation dtype embd_pdrop embedding_dropout eos_token_id
+    finetuning_task gradient_checkpointing hidden_dropout id2label initializer_range is_decoder
+    is_encoder_decoder kv_cache_dtype label2id layer_types max_batch_size max_window_layers
+    model_type n_ctx original_max_position_embeddings output_attentions output_hidden_states
+    output_scores pad_token_id partial_rotary_factor pipeline_parallel_stages prefill_chunk_size
+    pretraining_tp problem_type quantization_config reorder_and_upcast_attn resid_pdrop
+    residual_dropout return_dict rope_parameters rope_scaling rope_theta
+    scale_attention_softmax_in_fp32 sliding_window sliding_window_size summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     task_specific_params tensor_parallel_shards tokenizer_class torch_dtype torchscript
     transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version
     use_cache use_sliding_window
@@ -103,6 +107,8 @@ class DecoderConfig(BaseModel):
                 values.setdefault(ours, values[theirs])
         heads, layers = values.get("num_attention_heads"), values.get("num_hidden_layers")
         if isinstance(heads, int) and heads > 0:
+            if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
+                values["num_key_value_heads"] = heads
             values.setdefault("num_key_value_heads", heads)
             if isinstance(values.get("hidden_size"), int):
                 values.setdefault("head_dim", values["hidden_size"] // heads)
@@ -169,7 +175,7 @@ class DecoderConfig(BaseModel):
         return 1.0
 
     @property
-    def logit_scale(self) -> float:
+    def logits_scale(self) -> float:
         """What logits are multiplied by."""
         return 1.0
 

@@ -47,15 +47,21 @@ class LayerNorm(nn.Module):
     Args:
         size: of the last axis, or of the last axes, where heads have a weight each.
         weight, bias: whether there are such parameters.
+        shift: added to the weight.
     """
 
     def __init__(
-        self, size: int | tuple[int, ...], eps: float, weight: bool = True, bias: bool = True
+        self,
+        size: int | tuple[int, ...],
+        eps: float,
+        weight: bool = True,
+        bias: bool = True,
+        shift: float = 0.0,
     ) -> None:
         shape = size if isinstance(size, tuple) else (size,)
         self.weight = nn.Parameter(shape) if weight else None
         self.bias = nn.Parameter(shape) if bias else None
-        self.eps = eps
+        self.eps, self.shift = eps, shift
 
     def forward(self, x: Tensor) -> Tensor:
         given = [parameter for parameter in (self.weight, self.bias) if parameter is not None]
@@ -80,7 +86,7 @@ class LayerNorm(nn.Module):
                 result = (value(*i) - centre(*i[:-1])) * tirx.rsqrt(spread(*i[:-1]) + eps)
                 own = [p(*i[-len(p.shape) :]).astype("float32") for p in parameters]
                 if self.weight is not None:
-                    result = result * own[0]
+                    result = result * (own[0] + tirx.const(self.shift, "float32"))
                 if self.bias is not None:
                     result = result + own[-1]
                 return result.astype(x.dtype)

@@ -10,6 +10,7 @@ from relaxlm.models import llama
 class Config(llama.Config):
     absent: ClassVar[dict] = {
         "hidden_act": "silu",
+        "num_key_value_heads": 8,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "attention_bias": False,

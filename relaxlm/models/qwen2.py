@@ -14,6 +14,7 @@ from relaxlm.models.layers import Block, GatedMLP, merge_heads, split_heads
 class Config(DecoderConfig):
     absent: ClassVar[dict] = {
         "hidden_act": "silu",
+        "num_key_value_heads": 32,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "use_sliding_window": False,

@@ -16,13 +16,15 @@ class Source:
     Attributes:
         shape: in the checkpoint.
         view: its elements in the order of the parameter's rows, as a view of the array it gets
-            (a transposition, or heads in another order); None where that is their order.
+            (a transposition, or heads along the first axis); None where that is their order.
+        order: the i-th piece of the parameter is the order[i]-th along the first axis of the view.
         shift: added to every value, for norms that are stored as what they differ from 1 by.
     """
 
     name: str
     shape: tuple[int, ...]
     view: Callable[[np.ndarray], np.ndarray] | None = None
+    order: tuple[int, ...] | None = None
     shift: float = 0.0
 
     @property
@@ -32,12 +34,15 @@ class Source:
     def values(self, tensor: np.ndarray) -> np.ndarray:
         """What of the parameter a tensor of the checkpoint stands for, in row-major order."""
         found = tensor if self.view is None else np.ascontiguousarray(self.view(tensor))
+        if self.order is not None:
+            found = found[list(self.order)]
         return found + found.dtype.type(self.shift) if self.shift else found
 
     def put_back(self, tensor: np.ndarray, values: np.ndarray) -> None:
         """Write `values`, as `self.values` returns them, into a tensor of the checkpoint."""
         place = tensor if self.view is None else self.view(tensor)
-        place[...] = (values - values.dtype.type(self.shift)).reshape(place.shape)
+        chosen = slice(None) if self.order is None else list(self.order)
+        place[chosen] = (values - values.dtype.type(self.shift)).reshape(place.shape)
 
 
 @dataclass(frozen=True)

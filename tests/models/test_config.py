@@ -1,6 +1,7 @@
 """Configurations: old and new spellings, what transformers fills in, and what is refused."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,39 @@ from relaxlm.models.config import unknown_fields
 from tests.models.parity import tiny_config
 from tests.shared_data import SHARED, needs_shared_data
 
+# With these, every family's own number of key-value heads fits.
+SIZES = {"hidden_size": 512, "num_attention_heads": 32}
+
 
 @pytest.mark.parametrize("model_type", models.MODELS)
 def test_absent_fields_read_as_transformers_fills_them_in(model_type: str) -> None:
     """Every default of ours is the one transformers' configuration class has."""
-    raw = tiny_config(model_type)
-    for field in ("rope_theta", "tie_word_embeddings", "num_key_value_heads", "head_dim"):
-        raw.pop(field)
+    raw = tiny_config(model_type, **SIZES)
+    module = import_module(f"relaxlm.models.{models.MODELS[model_type]}")
+    absent = module.Config.absent
+    for field in {"rope_theta", "tie_word_embeddings", "num_key_value_heads", "head_dim", *absent}:
+        raw.pop(field, None)
+    if model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        models.load_config(raw)
+        pytest.skip(f"transformers has no {model_type}: its own test compares with the reference")
     ours = models.load_config(raw)
     theirs: Any = transformers.AutoConfig.for_model(**raw)
-    assert ours.rope.rope_theta == theirs.rope_parameters["rope_theta"]
+    ropes = getattr(theirs, "rope_parameters", None) or {}
+    for field, value in absent.items():
+        if field in ropes:
+            assert value == ropes[field]
+        elif hasattr(theirs, field):
+            # None stands for what is not there.
+            assert value == getattr(theirs, field) or (not value and not getattr(theirs, field))
+    if ropes:
+        assert ours.rope.rope_theta == ropes["rope_theta"]
+        assert ours.rope.partial_rotary_factor == ropes.get("partial_rotary_factor", 1.0)
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
-    if model_type == "qwen3":
-        assert ours.head_dim == theirs.head_dim == 128
-    else:
-        head_dim = getattr(theirs, "head_dim", None)
-        assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
-    for field in ("attention_bias", "mlp_bias"):
-        if hasattr(theirs, field):
-            assert getattr(ours, field) == getattr(theirs, field)
+    head_dim = getattr(theirs, "head_dim", None)
+    assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    if hasattr(theirs, "num_key_value_heads"):
+        heads = theirs.num_key_value_heads or theirs.num_attention_heads
+        assert ours.num_key_value_heads == heads
     kinds = getattr(theirs, "layer_types", None)
     if kinds is not None:
         assert [bool(window) for window in ours.windows] == [k != "full_attention" for k in kinds]
