@@ -180,7 +180,8 @@ def json_string(reader: Reader) -> Generator[None, None, str]:
             raise NotACall
         reader.pos += 1
         if char == "\\":
-            yield from reader.peek()
+            if not (yield from reader.peek()):
+                raise NotACall
             reader.pos += 1
         elif char == '"':
             try:

@@ -2,7 +2,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relaxlm.engine.replies import Delta, ReplyMessage, ToolCall, ToolCallDelta
@@ -89,8 +89,13 @@ def test_without_tools_all_text_is_content(cut: tuple[str, list[str]], entry: To
     assert message == ReplyMessage(content=cut[0])
 
 
+# A reply that a limit ends behind a backslash.
+CUT_OFF = '[{"name": "f", "arguments": "\\'
+
+
 @settings(deadline=None)
 @given(cut_texts(), st.sampled_from([entry for entry in FORMATS if entry.name != "harmony"]))
+@example((CUT_OFF, [CUT_OFF]), next(entry for entry in FORMATS if entry.name == "json"))
 def test_what_is_no_call_is_content(cut: tuple[str, list[str]], entry: ToolFormat) -> None:
     message = parsed(parser(entry.name, reasoning="none"), cut[1])
     if not message.tool_calls:
