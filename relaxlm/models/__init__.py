@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 
 # model_type of config.json -> module of this package. One line per architecture.
 MODELS = {
+    "baichuan": "baichuan",
+    "chatglm": "chatglm",
     "gemma": "gemma",
+    "glm": "glm",
+    "glm4": "glm4",
     "gpt2": "gpt2",
     "gpt_bigcode": "gpt_bigcode",
     "gpt_neox": "gpt_neox",
     "gptj": "gptj",
     "llama": "llama",
+    "mimo": "mimo",
+    "minicpm": "minicpm",
     "mistral": "mistral",
     "phi": "phi",
     "phi3": "phi3",
