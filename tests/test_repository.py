@@ -23,6 +23,9 @@ BELOW = {
     "relaxlm.models": {"relaxlm.errors", "relaxlm.files", "relaxlm.versions"},
     "relaxlm.runtime": {"relaxlm.errors", "relaxlm.files", "relaxlm.versions"},
 }
+BELOW["relaxlm.engine"] = {*BELOW["relaxlm.runtime"], "relaxlm.runtime"}
+BELOW["relaxlm.openai_api"] = {*BELOW["relaxlm.engine"], "relaxlm.engine"}
+BELOW["relaxlm.server"] = {*BELOW["relaxlm.openai_api"], "relaxlm.openai_api"}
 BELOW["relaxlm.quantization"] = {*BELOW["relaxlm.models"], "relaxlm.models"}
 # The compiler uses what the runtime says of this machine and of the files it will load.
 BELOW["relaxlm.compiler"] = {
