@@ -50,7 +50,8 @@ class Step:
         if rope not in self._tables:
             frequencies = rope.inverse_frequencies(self.config.head_dim)
             self._tables[rope] = _cos_sin(self.positions, frequencies, rope.attention_factor)
-        return rotate(x, *self._tables[rope], self.config.rope_in_pairs)
+        cos, sin = self._tables[rope]
+        return rotate(x, cos, sin, self.config.rope_in_pairs)
 
     def scale_by_position(self, q: Tensor, beta: float, length: int) -> Tensor:
         """Queries [n, heads, head_dim] times 1 + beta log(1 + floor(position / length))."""

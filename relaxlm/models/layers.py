@@ -101,18 +101,28 @@ def _square(value):
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) with gate and up in one matrix (Shazeer 2020, arXiv:2002.05202).
+    """down(act(gate(x)) * up(x)), [n, hidden] -> [n, hidden] (Shazeer 2020, arXiv:2002.05202).
 
-    [n, hidden] -> [n, hidden].
+    Args:
+        joined: whether gate and up are one matrix. It is faster, and a family does without only
+            where published folders do.
     """
 
-    def __init__(self, config: DecoderConfig, bias: bool = False) -> None:
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+    def __init__(self, config: DecoderConfig, bias: bool = False, joined: bool = True) -> None:
+        self.activation, self.joined = ACTIVATIONS[config.hidden_act], joined
+        hidden, inner = config.hidden_size, config.intermediate_size
+        if joined:
+            self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
+        else:
+            self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+            self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)
+        if self.joined:
+            gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(self.activation(gate) * up)
 
 
@@ -153,10 +163,15 @@ class Attention(nn.Module):
             self.k_norm = head_norm(config.head_dim, config.norm_eps)
         self.head_norm = head_norm is not None
 
-    def forward(self, x: Tensor, step, layer: int) -> Tensor:
+    def project(self, x: Tensor, step) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [n, heads, head_dim] before they turn."""
         q, k, v = split_heads(self.qkv_proj(x), self.config)
         if self.head_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def forward(self, x: Tensor, step, layer: int) -> Tensor:
+        q, k, v = self.project(x, step)
         out = step.attention(layer, step.rotary(q, layer), step.rotary(k, layer), v)
         return self.o_proj(merge_heads(out))
 

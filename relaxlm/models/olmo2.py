@@ -1,0 +1,61 @@
+"""OLMo 2, after `transformers/models/olmo2/modeling_olmo2.py`: norms behind attention and MLP, and
+over all query or key heads together."""
+
+from typing import ClassVar, Literal
+
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from relaxlm.models import layers
+from relaxlm.models.base import CausalLM, Step
+from relaxlm.models.config import DecoderConfig
+from relaxlm.models.layers import GatedMLP, RMSNorm, merge_heads, split_heads
+
+
+class Config(DecoderConfig):
+    absent: ClassVar[dict] = {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+    model_type: Literal["olmo2"]
+    attention_bias: bool
+
+
+class Attention(layers.Attention):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, config.attention_bias, config.attention_bias)
+        self.q_norm = RMSNorm(config.num_attention_heads * config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.num_key_value_heads * config.head_dim, config.norm_eps)
+
+    def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.qkv_proj(x), self.config)
+        normed_q, normed_k = self.q_norm(merge_heads(q)), self.k_norm(merge_heads(k))
+        return op.reshape(normed_q, q.shape), op.reshape(normed_k, k.shape), v
+
+
+class Block(nn.Module):
+    """What attention and MLP add to the residual stream goes through a norm."""
+
+    def __init__(self, config: Config) -> None:
+        self.self_attn = Attention(config)
+        self.mlp = GatedMLP(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(x, step, layer))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
+
+
+class Model(CausalLM):
+    fused: ClassVar[dict[str, tuple[str, ...]]] = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, [Block(config) for _ in range(config.num_hidden_layers)])
