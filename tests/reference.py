@@ -11,6 +11,8 @@ def attention(
     scale: float,
     window: int = 0,
     sinks: int = 0,
+    cap: float = 0.0,
+    sink_logits: np.ndarray | None = None,
 ) -> np.ndarray:
     """Causal grouped-query attention of one sequence.
 
@@ -18,6 +20,8 @@ def attention(
         q: [n, q_heads, dim], the last n tokens.
         k, v: [length, kv_heads, dim], every token of the sequence.
         positions: [n], where the rows of q stand in the sequence.
+        cap: scores s become cap tanh(s / cap), unless it is 0.
+        sink_logits: [q_heads], of a token without a value that every query of a head sees.
 
     Returns:
         [n, q_heads, dim] float64.
@@ -31,8 +35,13 @@ def attention(
             seen &= (position - keys < window) | (keys < sinks)
         for head in range(q.shape[1]):
             scores = k[seen, head // share].astype(np.float64) @ q[row, head] * scale
-            weights = np.exp(scores - scores.max())
-            out[row, head] = weights / weights.sum() @ v[seen, head // share].astype(np.float64)
+            if cap:
+                scores = cap * np.tanh(scores / cap)
+            logit = -np.inf if sink_logits is None else float(sink_logits[head])
+            best = max(scores.max(), logit)
+            weights = np.exp(scores - best)
+            weights /= weights.sum() + np.exp(logit - best)
+            out[row, head] = weights @ v[seen, head // share].astype(np.float64)
     return out
 
 

@@ -76,12 +76,23 @@ class Step:
 
         return op.tensor_expr_op(compute_scaled, "scale_by_position", [q, self._tables[key]])
 
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cap: float = 0.0,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
         """Append k and v to the cache of `layer`, then attend from q to all that it holds.
 
         Args:
             q: [n, num_attention_heads, head_dim], already rotated.
             k, v: [n, num_key_value_heads, head_dim]; k already rotated.
+            cap: scores s become cap tanh(s / cap), unless it is 0 (Gemma 2).
+            sink_logits: [num_attention_heads], what the softmax of every query head counts like
+                the score of a token without a value: `self.sinks` of gpt-oss's attention.
 
         Returns:
             [n, num_attention_heads, head_dim], in the dtype of q.
@@ -98,6 +109,8 @@ class Step:
                 window,
                 sinks if window else 0,
                 self.scale,
+                float(cap),
+                *([] if sink_logits is None else [op.astype(sink_logits, "float32")]),
             ],
             Tensor.placeholder(q.shape, q.dtype),
         )

@@ -78,6 +78,9 @@ class PagedBatch:
             tvm.runtime.tensor(slots),
             *self.tensors,
         )
+        # From nothing at all to more than all tokens together.
+        logits = rng.permutation(np.linspace(-9, 9, shape.q_heads)).astype("float32")
+        self.sink_logits = [logits] if shape.sink_logits else []
 
     def attend(
         self,
@@ -111,6 +114,7 @@ class PagedBatch:
                 )
             ),
             *self.tensors,
+            *map(tvm.runtime.tensor, self.sink_logits),
             out,
         )
         return out.numpy()
@@ -118,10 +122,20 @@ class PagedBatch:
     def expected(self) -> np.ndarray:
         """float64 attention over what the format keeps of keys and values."""
         keep = lambda x: self.format.dequantize(*self.format.quantize(x))  # noqa: E731
+        shape = self.shape
+        logits = self.sink_logits[0] if self.sink_logits else None
         return np.concatenate(
             [
                 reference.attention(
-                    q, keep(k), keep(v), at, self.shape.scale, self.shape.window, self.shape.sinks
+                    q,
+                    keep(k),
+                    keep(v),
+                    at,
+                    shape.scale,
+                    shape.window,
+                    shape.sinks,
+                    shape.cap,
+                    logits,
                 )
                 for q, k, v, at in zip(self.q, self.k, self.v, self.positions, strict=True)
             ]
@@ -204,9 +218,42 @@ def test_rounded_prompts(features, bound, heads, head_dim, format, window, sinks
         assert not np.array_equal(found[1:], batch.attend(target=target)[1:])
 
 
+@pytest.mark.parametrize(
+    ("features", "format", "window", "change"),
+    [
+        ((), "float32", 0, {"cap": 1.5}),
+        ((), "float8_e4m3", 0, {"sink_logits": True}),
+        ((), "float16", 40, {"cap": 3.0, "sink_logits": True}),
+        (("amx-tile", "amx-bf16", "avx512bf16"), "float16", 0, {"cap": 2.0, "sink_logits": True}),
+        (("avx512bf16",), "float8_e4m3", 40, {"cap": 2.0, "sink_logits": True}),
+    ],
+    ids=str,
+)
+def test_capped_scores_and_sink_logits(features, format, window, change) -> None:
+    native = resolve_device("cpu").tvm_target()
+    if missing := [name for name in features if not has_feature(name, native)]:
+        pytest.skip(f"this CPU has no {', '.join(missing)}")
+    target = native if "amx-tile" in features else PORTABLE
+    if features == ("avx512bf16",):
+        target = tvm.target.Target({"kind": "llvm", "mcpu": "znver4"})
+    shape = AttentionShape(6, 2, 32, window, 0, scale=0.5, **change)
+    # One part and many, single rows and several, prompts of one block and of more.
+    batch = PagedBatch(shape, KV_FORMATS[format], [1, 900, 700, 33], [1, 1, 5, 33])
+    # Scores far beyond the cap, and beyond what an exponential takes.
+    batch.q[3][:4] *= np.array([5, 50, 500, -500], "float32")[:, None, None]
+    found = batch.attend(target=target, rounded=bool(features))
+    expected = batch.expected()
+    if not features:
+        np.testing.assert_allclose(found, expected, rtol=5e-5, atol=5e-6)
+        return
+    np.testing.assert_allclose(found[:2], expected[:2], rtol=5e-5, atol=5e-6)
+    assert reference.relative_error(found, expected) < 4e-3
+
+
 @pytest.mark.parametrize("new", [1, 2, 16], ids=str)
-def test_one_long_context_in_parts(new: int) -> None:
-    shape = AttentionShape(4, 2, 16, window=0, sinks=0, scale=0.25)
+@pytest.mark.parametrize("sink_logits", [False, True], ids=["plain", "sink"])
+def test_one_long_context_in_parts(new: int, sink_logits: bool) -> None:
+    shape = AttentionShape(4, 2, 16, 0, 0, scale=0.25, sink_logits=sink_logits)
     batch = PagedBatch(shape, KV_FORMATS["float32"], lengths=[2500], new=[new])
     # Scores of growing size: every part has to be rescaled when parts are merged.
     batch.q = [q * np.linspace(1, 8, 4, dtype="float32")[None, :, None] for q in batch.q]

@@ -1,6 +1,7 @@
 """The CUDA attention kernels against NumPy, run by the emulation, and compiled by nvcc."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -65,6 +66,9 @@ class Batch:
                 self.tensors, cuda_attention.page_tensors(shape, format), strict=True
             )
         ]
+        # From nothing at all to more than all tokens together.
+        logits = rng.permutation(np.linspace(-9, 9, shape.q_heads)).astype("float32")
+        self.sink_logits = [logits] if shape.sink_logits else []
 
     def stored(self, dtype: str) -> list[np.ndarray]:
         """The page tensors as they should be after appending everything, computed in NumPy."""
@@ -96,6 +100,7 @@ class Batch:
             np.array([len(k) - dropped_pages * PAGE for k in self.k], "int32"),
             np.full(len(self.k), dropped_pages * PAGE, "int32"),
             *self.stored(dtype),
+            *self.sink_logits,
             out,
         )
         return out.astype("float32")
@@ -110,10 +115,19 @@ class Batch:
             return self.format.dequantize(*self.format.quantize(rounded(x)))
 
         shape = self.shape
+        logits = self.sink_logits[0] if self.sink_logits else None
         return np.concatenate(
             [
                 reference.attention(
-                    rounded(q), kept(k), kept(v), at, shape.scale, shape.window, shape.sinks
+                    rounded(q),
+                    kept(k),
+                    kept(v),
+                    at,
+                    shape.scale,
+                    shape.window,
+                    shape.sinks,
+                    shape.cap,
+                    logits,
                 )
                 for q, k, v, at in zip(self.q, self.k, self.v, self.positions, strict=True)
             ]
@@ -155,6 +169,26 @@ def test_attention_over_pages(
     result = batch.attend(kernel, dtype)
     assert np.isfinite(result).all()
     assert reference.relative_error(result, batch.expected(dtype)) < ERROR[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("format", "change"),
+    [
+        ("float16", {"cap": 1.5}),
+        ("float8_e4m3", {"sink_logits": True}),
+        ("float32", {"cap": 3.0, "sink_logits": True, "window": 20}),
+    ],
+    ids=["cap", "sink", "both-window"],
+)
+def test_capped_scores_and_sink_logits(cuda: CudaEmulation, format: str, change: dict) -> None:
+    shape = replace(AttentionShape(6, 2, 16, window=0, sinks=0, scale=0.5), **change)
+    batch = Batch(shape, KV_FORMATS[format], lengths=[1, 70, 9], new=[1, 3, 9])
+    # Scores far beyond the cap, and beyond what an exponential takes.
+    batch.q[2][:4] *= np.array([5, 50, 500, -500], "float32")[:, None, None]
+    kernel = cuda.build(cuda_attention.attend_kernel(shape, KV_FORMATS[format], "float32"))
+    result = batch.attend(kernel, "float32")
+    assert reference.relative_error(result, batch.expected("float32")) < 4e-6
 
 
 @needs_compiler

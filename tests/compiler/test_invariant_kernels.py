@@ -174,6 +174,7 @@ class Attention:
             tvm.runtime.tensor(q),
             *(tvm.runtime.tensor(array.astype(np.int32)) for array in inputs),
             *self.batch.tensors,
+            *map(tvm.runtime.tensor, self.batch.sink_logits),
             out,
         )
         return np.split(out.numpy(), rows[1:-1])
@@ -188,20 +189,21 @@ def native(without: str | None) -> tvm.target.Target:
 
 
 @pytest.mark.parametrize(
-    ("window", "sinks", "format", "rounded", "without"),
+    ("window", "sinks", "variant", "format", "rounded", "without"),
     [
-        (0, 0, "float16", True, None),
-        (0, 0, "float8_e4m3", True, "amx"),
-        (0, 0, "float32", False, None),
-        (0, 0, "float8_e4m3", False, None),
-        (300, 20, "float16", True, None),
-        (100, 0, "float32", False, None),
+        (0, 0, {}, "float16", True, None),
+        (0, 0, {"cap": 2.0}, "float8_e4m3", True, "amx"),
+        (0, 0, {"sink_logits": True}, "float32", False, None),
+        (0, 0, {}, "float8_e4m3", False, None),
+        (300, 20, {"cap": 2.0, "sink_logits": True}, "float16", True, None),
+        (100, 0, {}, "float32", False, None),
     ],
+    ids=str,
 )
 def test_attention(
-    window: int, sinks: int, format: str, rounded: bool, without: str | None
+    window: int, sinks: int, variant: dict, format: str, rounded: bool, without: str | None
 ) -> None:
-    shape = AttentionShape(6, 2, 32, window, sinks, scale=0.2)
+    shape = AttentionShape(6, 2, 32, window, sinks, scale=0.2, **variant)
     attention = Attention(shape, format, rounded, native(without))
     length, rng = attention.LENGTHS[0], np.random.default_rng(3)
     (whole,) = attention.attend([(0, 0, length)])

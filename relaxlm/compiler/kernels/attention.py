@@ -9,6 +9,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit, length, tensor
+from relaxlm.compiler.kernels.vector import LOG2E
 
 # Tokens per page: one AVX-512 register, or two to four smaller ones, hold a feature of a page.
 PAGE_SIZE = 16
@@ -19,7 +20,9 @@ class AttentionShape:
     """Everything that is fixed when an attention kernel is compiled.
 
     `window` and `sinks` are in tokens; a window of 0 means full attention. `scale` multiplies the
-    scores before the softmax.
+    scores before the softmax; a `cap` other than 0 then makes them cap * tanh(score / cap)
+    (Gemma 2, arXiv:2408.00118). With `sink_logits` every query head has a learned logit that the
+    softmax counts like a token without a value (gpt-oss, arXiv:2508.10925).
     """
 
     q_heads: int
@@ -29,6 +32,16 @@ class AttentionShape:
     sinks: int
     scale: float
     page_size: int = PAGE_SIZE
+    cap: float = 0.0
+    sink_logits: bool = False
+
+    @property
+    def exponent_scale(self) -> float:
+        """What kernels multiply products by, which compute weights as powers of 2.
+
+        With a cap, powers of 2 are those of tanh(x) = 1 - 2 / (1 + 2 ** (2 log2(e) x)).
+        """
+        return self.scale * LOG2E * (2 / self.cap if self.cap else 1)
 
 
 @dataclass(frozen=True)

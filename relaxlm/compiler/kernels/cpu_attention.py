@@ -41,6 +41,8 @@ from relaxlm.compiler.kernels.cpu_attention_tiles import DEPTH, Tiles
 from relaxlm.compiler.kernels.isa import dot_products
 from relaxlm.compiler.kernels.vector import (
     LOG2E,
+    exp2,
+    multiply_add,
     reduce_sum,
     reduce_sum_ir,
     splat,
@@ -119,7 +121,8 @@ def attend_kernel(
     """Attention of n query rows over the pages of their sequences, with an online softmax.
 
     (q [n, q_heads, dim], positions [n], row_offsets [b + 1], page_offsets [b + 1], page_ids [p],
-    kv_lengths [b], dropped [b], *page tensors) -> [n, q_heads, dim].
+    kv_lengths [b], dropped [b], *page tensors, sink_logits [q_heads] float32 if the shape has them)
+    -> [n, q_heads, dim].
 
     Args:
         dtype: of q and the result.
@@ -253,7 +256,7 @@ def _attend_kernel(
 
             def load(i: Expr, lanes: int) -> Expr:
                 value = tables.q.vload([token, q_head, i], vector(dtype, lanes))
-                return to_float32(value, lanes) * splat(shape.scale * LOG2E, lanes)
+                return to_float32(value, lanes) * splat(shape.exponent_scale, lanes)
 
             return load
 
@@ -292,10 +295,19 @@ def _attend_kernel(
         def store(row: Expr, r: Expr, kv_head: Expr) -> None:
             """Row `row` of `found`, which is row `r` of a KV head."""
             total = reduce_sum(found.total.vload([row * page], vector("float32", page)), page)
-            factor = scratch(1, "float32")
-            T.buffer_store(factor, T.float32(1) / total, [0])
+            factor = scratch(3 if shape.sink_logits else 1, "float32")
             place = [first + r // share, kv_head * share + r % share]
             lanes = found.lanes
+            if tables.sink_logits is None:
+                T.buffer_store(factor, T.float32(1) / total, [0])
+            else:
+                # Here all parts are together, so the logit counts once.
+                best = found.best[row]
+                T.buffer_store(factor, tables.sink_logits[place[1]] * T.float32(LOG2E), [1])
+                T.buffer_store(factor, T.max(best, factor[1]), [2])
+                kept_weight, sink_weight = (exp2(x - factor[2], 1) for x in (best, factor[1]))
+                norm = multiply_add(total, kept_weight, sink_weight)
+                T.buffer_store(factor, kept_weight / norm, [0])
             with T.serial(dim // lanes) as i:
                 value = get(found.sums, row * dim + i * lanes, lanes) * splat(factor[0], lanes)
                 value = T.cast(value, vector(dtype, lanes))

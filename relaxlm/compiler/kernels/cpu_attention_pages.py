@@ -44,6 +44,7 @@ class Tables:
     v: tirx.Buffer
     k_scales: tirx.Buffer
     v_scales: tirx.Buffer
+    sink_logits: tirx.Buffer | None
     out: tirx.Buffer
 
     @staticmethod
@@ -66,12 +67,15 @@ class Tables:
         if format.scaled:
             k_scales = tensor("k_scales", (total, heads, page), "float32")
             v_scales = tensor("v_scales", (total, heads, page), "float32")
+        sink_logits = (
+            tensor("sink_logits", (shape.q_heads,), "float32") if shape.sink_logits else None
+        )
         out = tensor("out", (n, shape.q_heads, dim), dtype)
         return Tables(
             shape,
             by_position,
             *(q, positions, row_offsets, page_offsets, page_ids, dropped),
-            *(k, v, k_scales, v_scales, out),
+            *(k, v, k_scales, v_scales, sink_logits, out),
         )
 
     @property

@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 from relaxlm.compiler.kernels.builder import scratch
 from relaxlm.compiler.kernels.cpu_attention_pages import MASKED, Round
 from relaxlm.compiler.kernels.cpu_attention_products import get, put
-from relaxlm.compiler.kernels.vector import exp2, multiply_add, reduce_max, splat
+from relaxlm.compiler.kernels.vector import LOG2E, exp2, multiply_add, reduce_max, splat
 
 # Weights are 2 ** (score - best). `best` follows the largest score only when it has grown by more
 # than this, so that sums are rarely rescaled; until then weights reach 2 ** SLACK.
@@ -116,6 +116,12 @@ def exp2_coarse(x: Expr, lanes: int) -> Expr:
     return T.reinterpret(f"float32x{lanes}", bits)
 
 
+def capped(x: Expr, cap: float, lanes: int) -> Expr:
+    """log2(e) cap tanh(s / cap) for lanes x = 2 log2(e) s / cap, absolute error below 1e-6 cap."""
+    power = exp2(T.min(x, splat(126.0, lanes)), lanes)
+    return splat(LOG2E * cap, lanes) - splat(2 * LOG2E * cap, lanes) / (splat(1.0, lanes) + power)
+
+
 def soften(
     kept: Sums,
     products: Weighted,
@@ -143,7 +149,7 @@ def soften(
         zeros: whether the weight of a masked token is 0 instead, so that nothing depends on which
             masked tokens there are.
     """
-    page = kept.page
+    page, cap = kept.page, pages.tables.shape.cap
     two_to = exp2 if products.exact else exp2_coarse
     with T.serial(rows) as r:
         row = first + r
@@ -152,10 +158,12 @@ def soften(
         with T.serial(pairs) as pair:
             for half in range(2):
                 at = products.score_at(place + r, 2 * pair + half)
-                if masked or scaled:
+                if masked or scaled or cap:
                     score = get(products.scores, at, page)
                     if scaled:
                         score = pages.times_key_scale(score, 2 * pair + half)
+                    if cap:
+                        score = capped(score, cap, page)
                     if masked:
                         visible = pages.tables.visible(pages.starts[2 * pair + half], query(row))
                         score = T.Select(visible, score, splat(MASKED, page))

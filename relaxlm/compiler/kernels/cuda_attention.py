@@ -23,6 +23,7 @@ from tvm.script import tirx as T
 
 from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor
 from relaxlm.compiler.kernels.cuda_float8 import decode_e4m3, encode_e4m3
+from relaxlm.compiler.kernels.vector import LOG2E
 from relaxlm.errors import UnsupportedError
 from relaxlm.quantization.kv_cache import E4M3_MAX, KVFormat
 
@@ -34,7 +35,6 @@ MAX_ACCUMULATORS = 32
 MAX_HEAD_DIM = 256
 # Below any score, but finite: a warp without tokens must not give inf - inf.
 NO_SCORE = -1e30
-LOG2E = 1.4426950408889634
 
 
 def page_tensors(shape: AttentionShape, format: KVFormat) -> tuple[PageTensor, ...]:
@@ -175,11 +175,12 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
     """Attention of n query rows over the pages of their sequences, with an online softmax.
 
     (q [n, q_heads, dim], positions [n], row_offsets [b + 1], page_offsets [b + 1], page_ids [p],
-    kv_lengths [b], dropped [b], *page tensors) -> [n, q_heads, dim]. n must not be 0.
+    kv_lengths [b], dropped [b], *page tensors, sink_logits [q_heads] float32 if the shape has them)
+    -> [n, q_heads, dim]. n must not be 0.
     """
     check_shape(shape)
     heads, q_heads, dim, page = shape.kv_heads, shape.q_heads, shape.head_dim, shape.page_size
-    window, sinks = shape.window, shape.sinks
+    window, sinks, cap = shape.window, shape.sinks, shape.cap
     # Tokens of the pages in front of the gap that dropped pages leave.
     sink_tokens = math.ceil(sinks / page) * page
     steps = math.ceil(dim / LANES)  # a lane has the elements lane, lane + 32, ...
@@ -188,7 +189,7 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
     # Query heads of one block; a large group is split over several.
     share = max(g for g in range(1, ratio + 1) if ratio % g == 0 and g * steps <= MAX_ACCUMULATORS)
     parts = ratio // share
-    factor = shape.scale * LOG2E  # the softmax uses the GPU's own exp2
+    factor = shape.exponent_scale  # the softmax uses the GPU's own exp2
 
     def element(i: Expr, lane: Expr) -> Expr:
         """The index of a lane's i-th element; the last one again where the head has no such."""
@@ -256,6 +257,9 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
                 score[0] += query[g, i] * keys[i]
             for k in T.unroll(5):
                 score[0] = score[0] + _from_lane(score[0], T.shift_left(1, k))
+            if cap > 0:
+                score[0] = T.float32(cap * LOG2E) - T.float32(2 * cap * LOG2E) / (
+                    T.float32(1) + T.exp2(score[0]))
             weight[0] = T.max(best[g], score[0])
             weight[1] = T.exp2(best[g] - weight[0])
             best[g] = weight[0]
@@ -303,20 +307,24 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
                 all_norm[warp, g] = norm[g]
 
     @T.macro
-    def merge(all_best, all_norm, all_total, g, d, merged):
+    def merge(all_best, all_norm, all_total, sink_logits, head, g, d, merged):
         """merged[1] and merged[2]: sum of weights, and of weighted values, over all warps."""
         merged[0] = T.float32(NO_SCORE)
         merged[1] = T.float32(0)
         merged[2] = T.float32(0)
+        if shape.sink_logits:
+            merged[0] = sink_logits[head + g] * T.float32(LOG2E)
         for w in T.unroll(WARPS):
             merged[0] = T.max(merged[0], all_best[w, g])
+        if shape.sink_logits:
+            merged[1] = T.exp2(sink_logits[head + g] * T.float32(LOG2E) - merged[0])
         for w in T.unroll(WARPS):
             merged[1] += all_norm[w, g] * T.exp2(all_best[w, g] - merged[0])
             merged[2] += all_total[w, g, d] * T.exp2(all_best[w, g] - merged[0])
 
     @T.macro
     def run(q, positions, row_offsets, page_offsets, page_ids, kv_lengths, dropped,
-            k_pages, v_pages, k_scales, v_scales, out, n, batch):
+            k_pages, v_pages, k_scales, v_scales, sink_logits, out, n, batch):
         for token in T.thread_binding(n, thread="blockIdx.x"):
             for part in T.thread_binding(heads * parts, thread="blockIdx.y"):
                 for warp in T.thread_binding(WARPS, thread="threadIdx.y"):
@@ -338,42 +346,17 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
                             for i in T.serial((share * dim + threads - 1) // threads):
                                 r: T.let[T.int32] = i * threads + warp * LANES + lane
                                 if r < share * dim:
-                                    merge(all_best, all_norm, all_total, r // dim, r % dim, merged)
+                                    merge(all_best, all_norm, all_total, sink_logits, part * share,
+                                          r // dim, r % dim, merged)
                                     out[token, part * share + r // dim, r % dim] = T.cast(
                                         merged[2] / merged[1], dtype)
-
-    if format.scaled:
-
-        @T.prim_func(s_tir=True)
-        def attend_scaled(
-            q_h: T.handle, positions_h: T.handle, row_offsets_h: T.handle, page_offsets_h: T.handle,
-            page_ids_h: T.handle, kv_lengths_h: T.handle, dropped_h: T.handle, k_pages_h: T.handle,
-            v_pages_h: T.handle, k_scales_h: T.handle, v_scales_h: T.handle, out_h: T.handle,
-        ):
-            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-            n, batch, table, pages = T.int32(), T.int32(), T.int32(), T.int64()
-            q = T.match_buffer(q_h, (n, q_heads, dim), dtype)
-            positions = T.match_buffer(positions_h, (n,), "int32")
-            row_offsets = T.match_buffer(row_offsets_h, (batch + 1,), "int32")
-            page_offsets = T.match_buffer(page_offsets_h, (batch + 1,), "int32")
-            page_ids = T.match_buffer(page_ids_h, (table,), "int32")
-            kv_lengths = T.match_buffer(kv_lengths_h, (batch,), "int32")
-            dropped = T.match_buffer(dropped_h, (batch,), "int32")
-            k_pages = T.match_buffer(k_pages_h, (pages, heads, page, dim), format.dtype)
-            v_pages = T.match_buffer(v_pages_h, (pages, heads, page, dim), format.dtype)
-            k_scales = T.match_buffer(k_scales_h, (pages, heads, page), "float32")
-            v_scales = T.match_buffer(v_scales_h, (pages, heads, page), "float32")
-            out = T.match_buffer(out_h, (n, q_heads, dim), dtype)
-            run(q, positions, row_offsets, page_offsets, page_ids, kv_lengths, dropped,
-                k_pages, v_pages, k_scales, v_scales, out, n, batch)
-
-        return attend_scaled.without_attr("global_symbol")
 
     @T.prim_func(s_tir=True)
     def attend(
         q_h: T.handle, positions_h: T.handle, row_offsets_h: T.handle, page_offsets_h: T.handle,
         page_ids_h: T.handle, kv_lengths_h: T.handle, dropped_h: T.handle, k_pages_h: T.handle,
-        v_pages_h: T.handle, out_h: T.handle,
+        v_pages_h: T.handle, k_scales_h: T.handle, v_scales_h: T.handle, sink_logits_h: T.handle,
+        out_h: T.handle,
     ):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
         n, batch, table, pages = T.int32(), T.int32(), T.int32(), T.int64()
@@ -386,9 +369,16 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
         dropped = T.match_buffer(dropped_h, (batch,), "int32")
         k_pages = T.match_buffer(k_pages_h, (pages, heads, page, dim), format.dtype)
         v_pages = T.match_buffer(v_pages_h, (pages, heads, page, dim), format.dtype)
+        k_scales = T.match_buffer(k_scales_h, (pages, heads, page), "float32")
+        v_scales = T.match_buffer(v_scales_h, (pages, heads, page), "float32")
+        sink_logits = T.match_buffer(sink_logits_h, (q_heads,), "float32")
         out = T.match_buffer(out_h, (n, q_heads, dim), dtype)
         run(q, positions, row_offsets, page_offsets, page_ids, kv_lengths, dropped,
-            k_pages, v_pages, k_pages, v_pages, out, n, batch)
+            k_pages, v_pages, k_scales, v_scales, sink_logits, out, n, batch)
     # fmt: on
 
-    return attend.without_attr("global_symbol")
+    absent = set() if format.scaled else {"k_scales", "v_scales"}
+    absent |= set() if shape.sink_logits else {"sink_logits"}
+    params = [param for param in attend.params if param.name not in absent]
+    kernel = tirx.PrimFunc(params, attend.body, attend.ret_type, attend.attrs)
+    return kernel.without_attr("global_symbol")

@@ -2,19 +2,20 @@
 
     forward(ids, positions, cache: Object, rows, *params):
         out = call_dps_packed(
-            "relaxlm.paged_attention", (cache, q, k, v, layer, window, sinks, scale))
+            "relaxlm.paged_attention",
+            (cache, q, k, v, layer, window, sinks, scale, cap[, sink_logits]))
     ->
     forward(ids, positions, slots, row_offsets, page_offsets, page_ids, kv_lengths, dropped,
             rows, kv: Tuple[pages, ...], *params):
         pages' = call_tir_inplace(append, (k, v, slots, pages))
-        out = call_tir(attend, (q, positions, ..., pages'))
+        out = call_tir(attend, (q, positions, ..., pages'[, sink_logits]))
 
 and add `copy_pages(kv, sources, targets)` for copy-on-write. The models' IR is the same for every
 format; only this pass and its kernels know what a page looks like. Runs before LegalizeOps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import tvm
 from tvm import relax, tirx
@@ -115,14 +116,21 @@ class _Rewriter(PyExprMutator):
         return self._attention(call) if is_attention else call
 
     def _attention(self, call: relax.Call) -> relax.Expr:
-        _, q, k, v, layer, window, sinks, scale = call.args[1]
+        _, q, k, v, layer, window, sinks, scale, cap, *sink_logits = call.args[1]
         layer, window, sinks = int(layer.value), int(window.value), int(sinks.value)
         shape = AttentionShape(
-            int(q.ty.shape[1]), int(k.ty.shape[1]), int(q.ty.shape[2]), window, sinks, scale.value
+            int(q.ty.shape[1]),
+            int(k.ty.shape[1]),
+            int(q.ty.shape[2]),
+            window,
+            sinks,
+            scale.value,
+            cap=cap.value,
+            sink_logits=bool(sink_logits),
         )
         kernels, format, dtype = self.lowering.kernels, self.lowering.format, str(q.ty.dtype)
-        # The append does not depend on window and scale: one kernel for all layers.
-        cache = replace(shape, window=0, sinks=0, scale=0.0)
+        # The append depends on the heads alone: one kernel for all layers.
+        cache = AttentionShape(shape.q_heads, shape.kv_heads, shape.head_dim, 0, 0, 0.0)
         count = len(kernels.page_tensors(cache, format))
         pages = [
             self.builder_.emit(relax.TupleGetItem(self.kv, layer * count + i)) for i in range(count)
@@ -141,7 +149,7 @@ class _Rewriter(PyExprMutator):
         names = ("row_offsets", "page_offsets", "page_ids", "kv_lengths", "dropped")
         return relax.call_tir(
             attend,
-            [q, self.positions, *(self.tables[name] for name in names), *pages],
+            [q, self.positions, *(self.tables[name] for name in names), *pages, *sink_logits],
             relax.TensorType(q.ty.shape, dtype),
         )
 
