@@ -22,6 +22,8 @@ MODELS = {
     "chatglm": "chatglm",
     "cohere": "cohere",
     "gemma": "gemma",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3_text",
     "glm": "glm",
     "glm4": "glm4",
     "gpt2": "gpt2",

@@ -47,7 +47,7 @@ class Config(DecoderConfig):
     apply_residual_connection_post_layernorm: Literal[False]
     add_bias_linear: bool
     add_qkv_bias: bool
-    pre_seq_len: None
+    pre_seq_len: Literal[None]
     tie_word_embeddings: Literal[False]
 
     @classmethod

@@ -29,7 +29,7 @@ class Config(llama.Config):
     scale_depth: PositiveFloat
     dim_model_base: PositiveInt
     num_experts: Literal[0]
-    sparse_config: None
+    sparse_config: Literal[None]
 
     @property
     def embedding_scale(self) -> float:
