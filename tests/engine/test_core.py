@@ -20,7 +20,7 @@ from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sampling import Sampled, sample
 from relaxlm.runtime.sequence_table import PagedSequences
-from tests.runtime.test_generator import PAGE, RememberingExecutor, logits_after
+from tests.remembering_executor import PAGE, RememberingExecutor, logits_after
 from tests.tiny_model import TOKENS
 
 CONTEXT = 40

@@ -1,6 +1,5 @@
 """The generator over an executor that is easy to predict: no model, and no TVM."""
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,56 +8,16 @@ import pytest
 from relaxlm.errors import ContextOverflowError, LibraryError, RequestError
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.generator import Generator, Reply
-from relaxlm.runtime.metadata import Limits
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sampling import Sampled, sample
-from relaxlm.runtime.sequence_table import BatchTables, PagedSequences
+from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.stop import StopStrings
 from relaxlm.runtime.tokenizer import Tokenizer
-from tests.tiny_model import TOKENS, VOCAB, tokenizer_json
+from tests.remembering_executor import CHUNK, PAGE, RememberingExecutor, logits_after
+from tests.tiny_model import TOKENS, tokenizer_json
 
-PAGE, CHUNK, BATCH = 4, 8, 6
 PROMPT = [17, 40, 99, 5, 260, 31, 77, 8, 120, 4, 64]
 NEVER: frozenset[int] = frozenset()
-
-
-def logits_after(tokens: Sequence[int]) -> np.ndarray:
-    """[vocab] float32, decided by all the tokens before; padding is most probable by far."""
-    digest = hashlib.sha256(np.asarray(tokens, np.int64).tobytes()).digest()
-    logits = np.random.default_rng(list(digest)).normal(0, 2, VOCAB).astype(np.float32)
-    logits[TOKENS:] = 50
-    return logits
-
-
-class RememberingExecutor:
-    """Keeps token ids in its pages, and answers by what the page tables show it."""
-
-    vocab_size = VOCAB
-    limits = Limits(
-        context_window_size=1000,
-        prefill_chunk_size=CHUNK,
-        max_batch_size=BATCH,
-        sliding_window_size=0,
-        attention_sink_size=0,
-    )
-
-    def __init__(self, pages: int) -> None:
-        self.pages = np.full((pages, PAGE), -1)
-        self.steps: list[list[int]] = []  # tokens of each sequence
-
-    def copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
-        self.pages[targets] = self.pages[sources]
-
-    def forward(self, tables: BatchTables, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        self.steps.append(np.diff(tables.row_offsets).tolist())
-        self.pages.reshape(-1)[tables.slots] = ids
-        logits = []
-        for row in rows:
-            i = int(np.searchsorted(tables.row_offsets, row, side="right")) - 1
-            held = tables.page_ids[tables.page_offsets[i] : tables.page_offsets[i + 1]]
-            seen = self.pages[held].reshape(-1)[: tables.positions[row] + 1]
-            logits.append(logits_after(seen))
-        return np.stack(logits)
 
 
 def make(pages: int = 64) -> tuple[Generator, RememberingExecutor, PagedSequences]:
