@@ -23,7 +23,7 @@ MODELS = {
     "cohere": "cohere",
     "gemma": "gemma",
     "gemma3": "gemma3",
-    "gemma3_text": "gemma3_text",
+    "gemma3_text": "gemma3",
     "glm": "glm",
     "glm4": "glm4",
     "gpt2": "gpt2",
