@@ -12,22 +12,23 @@ from relaxlm.models.rope import ROPE_LENGTHS, ROPE_TYPES, Rope
 # bookkeeping of the library that wrote the file, and ids that gen_config reads by itself.
 WITHOUT_EFFECT = frozenset(
     """
-    _name_or_path apply_query_key_layer_scaling architectures attention_dropout
-    attention_sink_size attention_softmax_in_fp32 attn_pdrop auto_map bias_dropout_fusion
+    _name_or_path apply_query_key_layer_scaling architectures attention_dropout attention_sink_size
+    attention_softmax_in_fp32 attn_implementation attn_pdrop auto_map bias_dropout_fusion
     boi_token_index bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
     context_window_size disaggregation dtype embd_pdrop embedding_dropout eoi_token_index
     eos_token_id finetuning_task fp32_residual_connection gradient_checkpointing hidden_dropout
     id2label image_token_index initializer_range interleaved_qkv is_decoder is_encoder_decoder
-    kv_cache_dtype label2id layer_types max_batch_size max_window_layers mm_tokens_per_image
-    model_max_length model_type n_ctx original_max_position_embeddings original_rope
-    output_attentions output_hidden_states output_scores pad_token_id partial_rotary_factor
-    pipeline_parallel_stages prefill_chunk_size prefix_projection pretraining_tp problem_type
-    quantization_config reorder_and_upcast_attn resid_pdrop residual_dropout return_dict
-    rope_parameters rope_scaling rope_theta scale_attention_softmax_in_fp32 sliding_window
-    sliding_window_size summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj task_specific_params tensor_parallel_shards tokenizer_class
-    torch_dtype torchscript transformers.js_config transformers_version unk_token_id
-    unsloth_fixed unsloth_version use_cache use_sliding_window z_loss_weight
+    kv_cache_dtype label2id layer_types max_batch_size max_sequence_length max_window_layers
+    mm_tokens_per_image model_max_length model_type n_ctx original_max_position_embeddings
+    original_rope output_attentions output_hidden_states output_scores pad_token_id
+    partial_rotary_factor pipeline_parallel_stages prefill_chunk_size prefix_projection
+    pretraining_tp problem_type quantization_config reorder_and_upcast_attn resid_pdrop
+    residual_dropout return_dict rope_parameters rope_scaling rope_theta
+    scale_attention_softmax_in_fp32 sliding_window sliding_window_size summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
+    tensor_parallel_shards tokenizer_class torch_dtype torchscript transformers.js_config
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_cache use_sliding_window
+    z_loss_weight
     """.split()
 )
 
