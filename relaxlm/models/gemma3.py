@@ -56,6 +56,7 @@ class Config(DecoderConfig):
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> DecoderConfig:
         raw = text_fields(raw)
+        raw.pop("hidden_act", None)  # what counts is hidden_activation
         values = {**cls.absent, **{key: value for key, value in raw.items() if value is not None}}
         layers, every = values.get("num_hidden_layers"), values["sliding_window_pattern"]
         if isinstance(layers, int):

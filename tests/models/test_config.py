@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from relaxlm import models
 from relaxlm.errors import ConfigError, UnsupportedError
-from relaxlm.models.config import unknown_fields
+from relaxlm.models.config import text_fields, unknown_fields
 from tests.models.parity import tiny_config
 from tests.shared_data import SHARED, needs_shared_data
 
@@ -30,7 +30,11 @@ def test_absent_fields_read_as_transformers_fills_them_in(model_type: str) -> No
         raw.pop(field, None)
     ours = models.load_config(raw)
     theirs: Any = transformers.AutoConfig.for_model(**raw)
+    if hasattr(theirs, "text_config"):
+        kind = theirs.text_config.model_type
+        theirs = transformers.AutoConfig.for_model(**{**raw, "model_type": kind})
     ropes = getattr(theirs, "rope_parameters", None) or {}
+    ropes = ropes.get("full_attention", ropes)
     for field, value in absent.items():
         if field in ropes:
             assert value == ropes[field]
@@ -259,6 +263,7 @@ def test_real_configurations() -> None:
             continue
         config = models.load_config(path)
         assert unknown_fields(config, raw) == [], path.name
-        assert config.windows == (0,) * config.num_hidden_layers, path.name
+        kinds = text_fields(raw).get("layer_types") or ["full_attention"] * len(config.windows)
+        assert [w > 0 for w in config.windows] == [k != "full_attention" for k in kinds], path.name
         supported += 1
     assert supported >= 15

@@ -13,7 +13,6 @@ from tests.shared_data import SHARED, needs_shared_data
 
 GEMMA = tiny_config(
     "gemma3_text",
-    hidden_act=None,
     hidden_activation="gelu_pytorch_tanh",
     query_pre_attn_scalar=24,
     num_hidden_layers=3,
@@ -34,8 +33,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_match_transformers(variant: str) -> None:
-    raw = {key: value for key, value in VARIANTS[variant].items() if value is not None}
-    parity.check_parity(raw)
+    parity.check_parity(VARIANTS[variant])
 
 
 def test_quantized() -> None:
@@ -51,7 +49,7 @@ def test_the_text_part_of_the_larger_model() -> None:
         "image_size": 8,
         "patch_size": 4,
     }
-    text = {k: v for k, v in VARIANTS["pattern"].items() if v is not None and k != "model_type"}
+    text = {k: v for k, v in VARIANTS["pattern"].items() if k != "model_type"}
     raw = {
         "model_type": "gemma3",
         "text_config": {**text, "model_type": "gemma3_text"},
@@ -76,7 +74,7 @@ def test_the_text_part_of_the_larger_model() -> None:
 
 
 def test_a_window_for_every_layer_leaves_the_rotary_embeddings_alone() -> None:
-    config = models.load_config({**GEMMA, "sliding_window_pattern": 2, "hidden_act": None})
+    config = models.load_config({**GEMMA, "sliding_window_pattern": 2})
     assert config.windows == (21, 0, 21)
     thetas = [300.0, 5000.0, 300.0]
     limited = config.with_window(32, 0)
@@ -87,13 +85,13 @@ def test_a_window_for_every_layer_leaves_the_rotary_embeddings_alone() -> None:
 
 
 def test_new_spelling_of_rotary_embeddings() -> None:
-    old = models.load_config({**VARIANTS["scaled"], "hidden_act": None})
+    old = models.load_config({**VARIANTS["scaled"]})
     raw = {k: v for k, v in VARIANTS["scaled"].items() if not k.startswith("rope")}
     parts = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     }
-    new = models.load_config({**raw, "hidden_act": None, "rope_parameters": parts})
+    new = models.load_config({**raw, "rope_parameters": parts})
     assert new == old
 
 
@@ -110,7 +108,7 @@ def test_new_spelling_of_rotary_embeddings() -> None:
 def test_what_is_not_implemented_is_refused_by_name(change: dict) -> None:
     (name,) = change
     with pytest.raises(UnsupportedError, match=f"{name} = .* is not supported"):
-        models.load_config({**GEMMA, "hidden_act": None, **change})
+        models.load_config({**GEMMA, **change})
 
 
 @needs_shared_data
