@@ -22,6 +22,7 @@ MODELS = {
     "chatglm": "chatglm",
     "cohere": "cohere",
     "gemma": "gemma",
+    "gemma2": "gemma2",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
     "glm": "glm",
