@@ -81,9 +81,13 @@ def serve(
         int, typer.Option("--speculative-tokens", min=1, max=32, help="Longest guess.")
     ] = 4,
     batch_invariant: Annotated[
-        bool,
-        typer.Option("--batch-invariant", help="The same reply whatever else is computed; slower."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--batch-invariant/--no-batch-invariant",
+            help="The same reply whatever else is computed, for slower prompts. Default: with "
+            "--speculative on CPUs, so that guesses change no reply.",
+        ),
+    ] = None,
     overrides: Annotated[
         str | None,
         typer.Option(
@@ -266,6 +270,7 @@ def _load(
     from relaxlm.compiler.options import DEFAULT_MAX_BATCH, parse_overrides
     from relaxlm.engine.loop import EngineLoop
     from relaxlm.runtime.chat_settings import ChatConfig
+    from relaxlm.runtime.library import is_batch_invariant
 
     limits = parse_overrides(overrides)
     if model_lib is None and (config.max_batch_size or 0) > DEFAULT_MAX_BATCH:
@@ -283,6 +288,13 @@ def _load(
         )
     for line in _memory_lines(engine):
         typer.echo(line, err=True)
+    info = engine.model.library.metadata
+    if config.speculative != "off" and not is_batch_invariant(info):
+        typer.echo(
+            "note: the library is not batch-invariant, so guesses may change a reply's rounding; "
+            'compile it with --opt "batch_invariant=1" to rule that out',
+            err=True,
+        )
     return engine
 
 

@@ -40,10 +40,12 @@ class EngineConfig(BaseModel):
         mixed_prefill_tokens: of prompts, in steps in which replies are being written.
         max_waiting: requests; further ones are refused until some have ended.
         prefix_cache: whether requests share the work on common prefixes.
-        speculative: "ngram" guesses tokens from the text so far; the replies stay the same.
+        speculative: "ngram" guesses tokens from the text so far; see `batch_invariant`.
         speculative_tokens: the longest guess.
         batch_invariant: compile a library whose results do not depend on what else is in a step;
-            a given library must be one.
+            a given library must be one. None: as `speculative` asks for it, on CPUs, so that
+            guesses change no reply; elsewhere, and with another library, they may change its
+            rounding.
 
     Raises:
         ConfigError: an unknown setting, or a value that is not possible.
@@ -61,7 +63,7 @@ class EngineConfig(BaseModel):
     prefix_cache: bool = True
     speculative: Literal["off", "ngram"] = "off"
     speculative_tokens: Annotated[int, Field(gt=0, le=32)] = 4
-    batch_invariant: bool = False
+    batch_invariant: bool | None = None
 
     def __init__(self, **settings: Any) -> None:
         try:

@@ -130,7 +130,7 @@ class EngineLoop:
             RelaxLMError: a folder, library or setting that is wrong; says what to do.
         """
         config = config or EngineConfig()
-        if config.batch_invariant and model_lib is None:
+        if model_lib is None and _wants_invariance(config, device):
             opt = f"{opt};batch_invariant=1" if opt else "batch_invariant=1"
         model = ServedModel.load(folder, device, chat_config, model_lib, progress, opt)
         return cls(model, config, threads)
@@ -282,6 +282,7 @@ class EngineLoop:
                 if self._ended:
                     break
                 inbox, self._inbox = self._inbox, []
+            started = time.perf_counter()
             for command in inbox:
                 command(core)
             if current is None and not self._embeddings.empty():
@@ -293,6 +294,7 @@ class EngineLoop:
                     current = None
             self._step(core)
             now = time.perf_counter()
+            core.counts.step_seconds += now - started
             if now - snapshot_at > _SNAPSHOT:
                 snapshot_at = now
                 self._stats = core.stats()
@@ -365,3 +367,14 @@ class EngineLoop:
             self._open -= 1
             self._seconds += _NEWEST * (seconds - self._seconds)
             self._lock.notify_all()
+
+
+def _wants_invariance(config: EngineConfig, device: str) -> bool:
+    """Whether a library that is compiled now is to be batch-invariant."""
+    if config.batch_invariant is not None:
+        return config.batch_invariant
+    if config.speculative == "off":
+        return False
+    from relaxlm.runtime.jit import target_kind
+
+    return target_kind(device) == "cpu"

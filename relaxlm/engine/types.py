@@ -128,7 +128,8 @@ class EngineStats:
         prefix_tokens, prefix_hits: prompt tokens looked up in the prefix cache, and found there.
         preemptions: times that a running reply gave up its pages, to be computed again later.
         drafted_tokens, accepted_tokens: of speculative decoding.
-        forward_seconds: inside the model; step_seconds: all of the steps, that included.
+        forward_seconds: inside the model. step_seconds: all that the engine's thread did, that
+            included.
     """
 
     waiting: int = 0

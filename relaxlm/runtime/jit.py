@@ -67,6 +67,17 @@ def library_for(
     return library
 
 
+def target_kind(device: str) -> str:
+    """What a library for `device` runs on: "cpu" or "cuda".
+
+    Raises:
+        ConfigError: no such device.
+    """
+    from relaxlm.compiler.target import resolve_device
+
+    return resolve_device(device).kind
+
+
 def _seen(folder: Path, device: str, overrides: str | None, opt: str | None) -> Path | None:
     """Where the name of a folder's library is kept; None if the folder has no configuration."""
     # Neither imports TVM.

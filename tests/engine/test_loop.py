@@ -22,6 +22,7 @@ from relaxlm.errors import (
 )
 from relaxlm.runtime.library import Library
 from relaxlm.runtime.memory import available_memory, total_memory
+from relaxlm.runtime.model import ServedModel
 from tests.tiny_model import TOKENS, TinyModel
 
 LIMIT = 30.0  # seconds that a test waits for anything
@@ -280,6 +281,26 @@ def test_what_a_library_or_the_memory_does_not_hold_is_refused(tiny):
         start(tiny, batch_invariant=True)
     # Without a wish of its own, the context is as long as the cache.
     assert plan_cache(info, EngineConfig(kv_cache_tokens=64)).context == 64
+
+
+def test_guesses_are_made_on_a_library_that_they_cannot_sway(tiny, monkeypatch):
+    options: list[Any] = []
+
+    def load(folder, device, chat_config, model_lib, progress, opt):
+        options.append(opt)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(ServedModel, "load", load)
+    for config, opt, expected in (
+        ({}, None, None),
+        ({"speculative": "ngram"}, None, "batch_invariant=1"),
+        ({"speculative": "ngram"}, "act_quant=0", "act_quant=0;batch_invariant=1"),
+        ({"speculative": "ngram", "batch_invariant": False}, None, None),
+        ({"batch_invariant": True}, None, "batch_invariant=1"),
+    ):
+        with pytest.raises(ConfigError, match="seen"):
+            EngineLoop.load(tiny.folder, None, "cpu", EngineConfig(**config), opt=opt)
+        assert options.pop() == expected
 
 
 def test_modes_differ_in_how_many_replies_are_written_at_a_time(tiny):
