@@ -11,6 +11,7 @@ from relaxlm.compiler.kernels import cpu_attention, cuda_attention
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
+from relaxlm.compiler.passes.lower_expert_matmul import LowerExpertMatmul
 from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
 from relaxlm.compiler.passes.lower_paged_attention import (
     AttentionKernels,
@@ -77,6 +78,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.BundleModelParams("params"),
         # Weights -> kernels that read what is stored.
         LowerEmbedding(),
+        LowerExpertMatmul(lowering.kind),
         *(
             [
                 LowerMatmulCPU(lowering.act_quant, lowering.batch_invariant),

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-Role = Literal["linear", "embedding", "lm_head", "vector"]
+Role = Literal["linear", "expert", "embedding", "lm_head", "vector"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class Source:
 class ParameterSpec:
     """One parameter of the compiled model, and where its values come from.
 
-    `shape` is [out, in] for matrices. `sources` are concatenated along axis 0 in the order
-    given, each a whole number of its rows. `role` decides how a quantization scheme stores it; a
-    "vector" (norm, bias) is never quantized.
+    `shape` is [out, in] for matrices, [experts, out, in] for those of experts. `sources` are
+    concatenated along axis 0 in the order given, each a whole number of its rows, or of the rows of
+    an expert's matrix. `role` decides how a quantization scheme stores it; a "vector" (norm, bias,
+    router) is never quantized.
     """
 
     name: str

@@ -105,8 +105,8 @@ def _folder(source: Path) -> Path:
 class _Parameter:
     """A parameter with the tensors it is made of, and what it is stored as.
 
-    `columns` is the length of a row: what shares scales if it is quantized, else everything after
-    the first axis.
+    `columns` is the length of a row: what shares scales if it is quantized, or comes from one row
+    of an expert's matrix, else everything after the first axis.
     """
 
     spec: ParameterSpec
@@ -120,7 +120,8 @@ class _Parameter:
         quant = scheme.for_role(spec.role)
         tensors = tuple(checkpoint.tensors[source.name] for source in spec.sources)
         assert sum(tensor.size for tensor in tensors) == math.prod(spec.shape), spec
-        columns = spec.shape[-1] if quant is not None else math.prod(spec.shape[1:])
+        by_row = quant is not None or spec.role == "expert"
+        columns = spec.shape[-1] if by_row else math.prod(spec.shape[1:])
         return cls(spec, quant, tensors, scheme.storage(spec), columns)
 
     @property

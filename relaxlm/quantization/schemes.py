@@ -32,6 +32,7 @@ class Scheme:
         """The format of a parameter with this role; vectors are never quantized."""
         formats: dict[Role, GroupQuant | None] = {
             "linear": self.linear,
+            "expert": self.linear,
             "embedding": self.embedding,
             "lm_head": self.lm_head,
             "vector": None,

@@ -9,6 +9,8 @@ its name and role; the stored names, shapes and dtypes come from the same scheme
 converts the checkpoint.
 """
 
+from collections.abc import Sequence
+
 import tvm
 from tvm import relax, te, tirx
 from tvm.ir import Expr
@@ -33,11 +35,19 @@ def read_tag(tag: str) -> GroupQuant:
     return GroupQuant(int(bits), int(group), layout, dtype)  # type: ignore[arg-type]
 
 
-def element(quant: GroupQuant, words: te.Tensor, scales: te.Tensor, n: Expr, k: Expr, dtype: str):
-    """The weight [n, k] as a TIR expression of `dtype`: (code - max_int) * scale."""
+def element(
+    quant: GroupQuant,
+    words: te.Tensor,
+    scales: te.Tensor,
+    n: Expr,
+    k: Expr,
+    dtype: str,
+    outer: Sequence[Expr] = (),
+):
+    """The weight [*outer, n, k] as a TIR expression of `dtype`: (code - max_int) * scale."""
     word, group = k // quant.per_word, k // quant.group
-    place = (word, n) if quant.layout == "KN" else (n, word)
-    scale = scales[(group, n) if quant.layout == "KN" else (n, group)]
+    place = (word, n) if quant.layout == "KN" else (*outer, n, word)
+    scale = scales[(group, n) if quant.layout == "KN" else (*outer, n, group)]
     shift = (k % quant.per_word * quant.bits).astype("uint32")
     code = tirx.bitwise_and(
         tirx.shift_right(words[place], shift), tirx.const((1 << quant.bits) - 1, "uint32")
@@ -120,7 +130,7 @@ class _Rewriter(PyExprMutator):
         def dequantize(words: te.Tensor, scales: te.Tensor) -> te.Tensor:
             return te.compute(
                 spec.shape,
-                lambda n, k: element(quant, words, scales, n, k, self.dtype),
+                lambda *i: element(quant, words, scales, i[-2], i[-1], self.dtype, i[:-2]),
                 name="dequantize",
             )
 

@@ -1,0 +1,184 @@
+"""Mixture of experts: each token passes a few of many MLPs, the ones that a router chooses."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import PositiveInt
+from tvm import te, tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from relaxlm.models.base import CausalLM
+from relaxlm.models.config import DecoderConfig
+from relaxlm.models.layers import ACTIVATIONS
+from relaxlm.models.weights import Role, Source
+
+# An abstract operator, which `compiler/passes/lower_expert_matmul.py` turns into kernels.
+EXPERT_MATMUL = "relaxlm.expert_matmul"
+
+# Routers with more outputs than this are stored like other matrices, as in folders for MLC.
+FLOAT_GATE_OUTPUTS = 256
+
+
+class MoEConfig(DecoderConfig):
+    """What mixtures of experts have besides.
+
+    Attributes:
+        num_experts: of a layer.
+        num_experts_per_tok: how many of them a token passes.
+    """
+
+    num_experts: PositiveInt
+    num_experts_per_tok: PositiveInt
+
+    @property
+    def expert_size(self) -> int:
+        """Inner width of an expert."""
+        return self.intermediate_size
+
+    @property
+    def norm_experts(self) -> bool:
+        """Whether the weights of a token's experts are scaled to add up to 1."""
+        return True
+
+
+class Experts(nn.Module):
+    """The same projection of every expert: [E, N, K]."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        self.weight = nn.Parameter((experts, outputs, inputs))
+
+    def forward(self, x: Tensor, chosen: Tensor, repeat: int) -> Tensor:
+        """Row i of the result is row i // repeat of x through expert chosen[i].
+
+        Args:
+            x: [rows / repeat, K].
+            chosen: [n, experts_per_token] int32, rows of them in all.
+
+        Returns:
+            [rows, N], in the dtype of x.
+        """
+        n, each = chosen.shape
+        shape = (n * each, self.weight.shape[1])
+        result = Tensor.placeholder(shape, x.dtype)
+        return op.extern(EXPERT_MATMUL, [x, self.weight, chosen, repeat], result)
+
+
+class SparseMLP(nn.Module):
+    """A router and gated MLPs, [n, hidden] -> [n, hidden]."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        hidden, experts, inner = config.hidden_size, config.num_experts, config.expert_size
+        self.config = config
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.gate = nn.Linear(hidden, experts, bias=False, out_dtype="float32")
+        self.moe_gate_up_proj = Experts(experts, hidden, 2 * inner)
+        self.moe_down_proj = Experts(experts, inner, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = self.config.num_experts_per_tok
+        share, chosen = choose(op.softmax(self.gate(x), axis=-1), each)
+        if self.config.norm_experts:
+            share = share / op.sum(share, axis=-1, keepdims=True)
+        gate, up = op.split(self.moe_gate_up_proj(x, chosen, each), 2, axis=-1)
+        return weighted_sum(self.moe_down_proj(self.activation(gate) * up, chosen, 1), share)
+
+
+class MoELM(CausalLM):
+    """A decoder with layers of experts, whose checkpoint has a tensor for each expert."""
+
+    # Parameter name parts that hold all experts' tensors -> those of one expert, in order.
+    stacked: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "moe_gate_up_proj": ("gate_proj", "up_proj"),
+        "moe_down_proj": ("down_proj",),
+    }
+
+    def _role(self, name: str, shape: tuple[int, ...]) -> Role:
+        if len(shape) == 3:
+            return "expert"
+        is_gate = name.removesuffix(".weight").endswith("gate")
+        if is_gate and shape[0] <= FLOAT_GATE_OUTPUTS:
+            return "vector"
+        return super()._role(name, shape)
+
+    def _sources(self, name: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
+        *_, part, _ = f".{name}".split(".")
+        if part in self.stacked:
+            experts, rows, columns = shape
+            pieces = self.stacked[part]
+            return tuple(
+                Source(
+                    self._checkpoint_name(name.replace(part, f"experts.{expert}.{piece}")),
+                    (rows // len(pieces), columns),
+                )
+                for expert in range(experts)
+                for piece in pieces
+            )
+        if part == "gate_up_proj":  # of a shared expert, or of a layer without experts
+            return tuple(
+                Source(
+                    self._checkpoint_name(name.replace(part, piece)), (shape[0] // 2, *shape[1:])
+                )
+                for piece in self.fused[part]
+            )
+        return super()._sources(name, shape)
+
+
+def choose(probabilities: Tensor, each: int) -> tuple[Tensor, Tensor]:
+    """The `each` largest of every row of [n, E] float32, the largest first.
+
+    Of equal ones the first is taken. Numbers of experts are in range even if there is NaN.
+
+    Returns:
+        Their values [n, each] float32 and places [n, each] int32.
+    """
+    experts = int(probabilities.shape[1])
+
+    def compute_ranks(p: te.Tensor) -> te.Tensor:
+        other = te.reduce_axis((0, experts), "other")
+
+        def is_before(i, e):
+            tied = tirx.And(p[i, other] == p[i, e], other < e)
+            return tirx.Or(p[i, other] > p[i, e], tied).astype("int32")
+
+        return te.compute(
+            p.shape, lambda i, e: te.sum(is_before(i, e), axis=other), name="expert_ranks"
+        )
+
+    def compute_chosen(ranks: te.Tensor) -> te.Tensor:
+        e = te.reduce_axis((0, experts), "e")
+
+        def place(i, j):
+            last = tirx.const(experts - 1, "int32")
+            return te.min(tirx.Select(ranks[i, e] == j, e.var.astype("int32"), last), axis=e)
+
+        return te.compute((ranks.shape[0], each), place, name="chosen_experts")
+
+    def compute_values(p: te.Tensor, chosen: te.Tensor) -> te.Tensor:
+        return te.compute(chosen.shape, lambda i, j: p[i, chosen[i, j]], name="expert_weights")
+
+    ranks = op.tensor_expr_op(compute_ranks, "expert_ranks", [probabilities])
+    chosen = op.tensor_expr_op(compute_chosen, "chosen_experts", [ranks])
+    return op.tensor_expr_op(compute_values, "expert_weights", [probabilities, chosen]), chosen
+
+
+def weighted_sum(x: Tensor, share: Tensor) -> Tensor:
+    """[n * each, size] times [n, each] float32, added up in float32: [n, size] like x."""
+    each = int(share.shape[1])
+
+    def compute(x: te.Tensor, share: te.Tensor) -> te.Tensor:
+        j = te.reduce_axis((0, each), "j")
+
+        def product(i, h):
+            return x[i * each + j, h].astype("float32") * share[i, j]
+
+        total = te.compute(
+            (share.shape[0], x.shape[1]),
+            lambda i, h: te.sum(product(i, h), axis=j),
+            name="expert_sum",
+        )
+        if x.dtype == "float32":
+            return total
+        return te.compute(total.shape, lambda i, h: total[i, h].astype(x.dtype), name="cast")
+
+    return op.tensor_expr_op(compute, "expert_sum", [x, share])
