@@ -17,7 +17,7 @@ from tvm.relax.frontend.nn.exporter import Exporter
 from tvm.relax.frontend.nn.spec import ModuleSpec
 
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import Decoder, Norm, RMSNorm, rotate, scaled, take_rows
+from relaxlm.models.layers import Decoder, Head, Norm, RMSNorm, rotate, scaled, take_rows
 from relaxlm.models.weights import ParameterSpec, Role, Source
 
 PAGED_ATTENTION = "relaxlm.paged_attention"
@@ -187,9 +187,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config, blocks, norm)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(
-                config.hidden_size, config.vocab_size, bias=self.head_bias, out_dtype="float32"
-            )
+            self.lm_head = Head(config, self.head_bias)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, cache: CacheHandle, logit_positions: Tensor

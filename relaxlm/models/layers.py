@@ -246,6 +246,18 @@ class Decoder(nn.Module):
         self.norm = norm(config.hidden_size, config.norm_eps)
 
 
+class Head(nn.Module):
+    """[m, hidden] -> logits [m, vocab] in float32, whatever the model computes in."""
+
+    def __init__(self, config: DecoderConfig, bias: bool = False) -> None:
+        self.weight = nn.Parameter((config.vocab_size, config.hidden_size))
+        self.bias = nn.Parameter((config.vocab_size,)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = op.matmul(x, op.permute_dims(self.weight), out_dtype="float32")
+        return logits if self.bias is None else logits + op.astype(self.bias, "float32")
+
+
 def scaled(x: Tensor, scale: float) -> Tensor:
     """x times a constant of the configuration, which mostly is 1."""
     return x if scale == 1 else x * scale

@@ -16,10 +16,19 @@ class Config(DecoderConfig):
         "original_max_position_embeddings": 4096,
         "tie_word_embeddings": False,
         "attention_bias": False,
+        "mlp_bias": False,
+        "lm_head_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
     }
 
     model_type: Literal["phi3"]
+    # Phi-4-mini's files name what its own code could also do.
     attention_bias: Literal[False]
+    mlp_bias: Literal[False]
+    lm_head_bias: Literal[False]
+    full_attn_mod: Literal[1]
+    interpolate_factor: Literal[1]
 
     @classmethod
     def _rope(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,19 @@ class Config(DecoderConfig):
         "norm_epsilon": 1e-5,
         "rope_theta": 10000.0,
         "use_bias": True,
+        "mlp_type": "default",
+        "norm_type": "layer_norm",
+        "scale_attn_weights": True,
+        "layer_norm_epsilon": None,  # in some files, and nobody reads it
         "tie_word_embeddings": True,
     }
     spelling: ClassVar[dict] = {"norm_epsilon": "norm_eps"}
 
     model_type: Literal["starcoder2"]
     use_bias: bool
+    mlp_type: Literal["default"]
+    norm_type: Literal["layer_norm"]
+    scale_attn_weights: Literal[True]
 
     @classmethod
     def default_layer_types(cls, values: Mapping[str, Any], layers: int) -> list[str]:

@@ -48,3 +48,9 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_match_transformers(variant: str) -> None:
     parity.check_parity(VARIANTS[variant])
+
+
+# Squared activations, norms of a row per head, and constants of the residual stream.
+@pytest.mark.parametrize("variant", ["nemotron-bias", "cohere-norms", "granite", "ministral3"])
+def test_quantized(variant: str) -> None:
+    parity.check_quantized(VARIANTS[variant])
