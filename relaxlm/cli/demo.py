@@ -65,3 +65,4 @@ def demo(
         start_chat(folder, model_lib=library)
     else:
         typer.echo(f"Chat with it: {command}")
+    typer.echo(f"Serve it, with a page to chat in: relaxlm serve {folder} --model-lib {library}")
