@@ -5,8 +5,9 @@
 
 It runs the tests of this folder and keeps what they compare: the logits of compiled models, and
 those of the reference. So a row says what a test has checked, with the same variants, prefill,
-chunks and single tokens, and a family whose test fails gets none. A row that was not measured
-anew stays as it was.
+chunks and single tokens, and a family whose test fails gets none. Where the first test of a family
+does not quantize, the quantized model is checked after it, under the same fixtures. A row that was
+not measured anew stays as it was.
 """
 
 import datetime
@@ -33,6 +34,7 @@ HEADER = (
 )
 TRANSFORMERS, TRANSCRIPTION = "transformers", "NumPy transcription"
 NOT_MEASURED = "not yet"
+EXACT, QUANTIZED = "q0f32", "q4f16_1"
 
 # What is published under a model_type, where the name does not say it.
 RUNS = {
@@ -114,6 +116,7 @@ class Recorder:
         self._logits: list[tuple[np.ndarray, str, str]] = []
         self._found: list[tuple[str, str, float]] = []
         self._types: set[str] = set()
+        self._exact: dict[str, dict] = {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Any:
@@ -122,6 +125,7 @@ class Recorder:
             self._listen(patch)
             try:
                 result = yield
+                self._quantize()
             except BaseException:
                 self.failed |= self._types
                 raise
@@ -130,6 +134,15 @@ class Recorder:
             family.error[scheme] = max(error, family.error.get(scheme, 0.0))
             family.reference.add(self._reference)
         return result
+
+    def _quantize(self) -> None:
+        """Check the quantized model of a family that was compared for the first time."""
+        done = {model_type for model_type, scheme, _ in self._found if scheme == QUANTIZED}
+        done |= {name for name, family in self.families.items() if QUANTIZED in family.error}
+        compared = {model_type for model_type, _, _ in self._found}
+        for model_type in compared - done:
+            if raw := self._exact.get(model_type):
+                parity.check_quantized(raw, QUANTIZED)
 
     def _listen(self, patch: pytest.MonkeyPatch) -> None:
         make, run = parity.Compiled.__init__, parity.Compiled.run
@@ -140,6 +153,8 @@ class Recorder:
         def made(compiled, raw, params, scheme, overrides="", *arguments, **options):
             self._types.add(raw["model_type"])
             rounded = "kv_cache_dtype=" in overrides and "kv_cache_dtype=float32" not in overrides
+            if scheme == EXACT:
+                self._exact[raw["model_type"]] = raw
             kinds[id(compiled)] = (raw["model_type"], "" if rounded else scheme)
             make(compiled, raw, params, scheme, overrides, *arguments, **options)
 
@@ -188,8 +203,8 @@ def row(model_type: str, measured: Measured, date: str) -> str:
         f"`{model_type}`",
         runs(model_type),
         reference,
-        share("q0f32"),
-        share("q4f16_1"),
+        share(EXACT),
+        share(QUANTIZED),
         date if measured.error else NOT_MEASURED,
     )
     return f"| {' | '.join(cells)} |"
