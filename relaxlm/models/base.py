@@ -21,6 +21,7 @@ from relaxlm.models.layers import Decoder, Head, Norm, RMSNorm, rotate, scaled, 
 from relaxlm.models.weights import ParameterSpec, Role, Source
 
 PAGED_ATTENTION = "relaxlm.paged_attention"
+LATENT_ATTENTION = "relaxlm.latent_attention"
 
 
 class CacheHandle(nn.Object):
@@ -113,6 +114,35 @@ class Step:
                 *([] if sink_logits is None else [op.astype(sink_logits, "float32")]),
             ],
             Tensor.placeholder(q.shape, q.dtype),
+        )
+
+    def latent_attention(
+        self,
+        layer: int,
+        q_latent: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Append a latent and a rotated key to the cache of `layer`, then attend to all of them.
+
+        All heads share them: scores are those of q_latent with the latents plus those of q_rope
+        with the keys, times `scale`. What each layer caches says `config.latent_cache`.
+
+        Args:
+            q_latent: [n, heads, latent], queries times what would make keys of latents.
+            q_rope: [n, heads, rope], already rotated.
+            latent: [n, latent].
+            k_rope: [n, rope], already rotated.
+
+        Returns:
+            [n, heads, latent], the weighted latents, in the dtype of q_latent.
+        """
+        return op.extern(
+            LATENT_ATTENTION,
+            [_as_argument(self.cache._expr), q_latent, q_rope, latent, k_rope, layer, float(scale)],
+            Tensor.placeholder(q_latent.shape, q_latent.dtype),
         )
 
 

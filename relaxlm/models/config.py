@@ -168,6 +168,11 @@ class DecoderConfig(BaseModel):
         return self.head_dim**-0.5
 
     @property
+    def latent_cache(self) -> tuple[int, int] | None:
+        """Features of the latent and of the rotated key that layers cache instead of heads."""
+        return None
+
+    @property
     def embedding_scale(self) -> float:
         """What the vectors of the embedding are multiplied by."""
         return 1.0

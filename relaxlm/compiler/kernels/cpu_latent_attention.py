@@ -441,7 +441,7 @@ def attend_kernel(shape: LatentShape, format: KVFormat, dtype: str) -> tirx.Prim
 
     (q_latent [n, heads, latent], q_rope [n, heads, rope], positions [n], row_offsets [b + 1],
     page_offsets [b + 1], page_ids [p], kv_lengths [b], pages) -> [n, heads, latent], what the
-    weights make of the latents. A row's result is the same, bit by bit, whatever else is in the step.
+    weights make of the latents. A row's result is the same, bit by bit, whatever else the step has.
     """
     unit = vector_unit(tvm.target.Target.current(allow_none=True))
     return _attend(shape, format, dtype, unit)
