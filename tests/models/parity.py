@@ -46,7 +46,7 @@ def reference_model(raw: dict) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # ones by default, which would hide a swapped norm
+            if "norm" in name or ".ln_" in name:  # ones by default, which would hide a swapped norm
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):  # zeros by default, which would hide a missing one
                 parameter.normal_(0, 0.3)
