@@ -16,6 +16,10 @@ from relaxlm.compiler.cuda import check_device_code, cuda_compilation
 from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.attention import PAGE_SIZE
 from relaxlm.compiler.kernels.cpu_attention import attend_workspace_bytes
+from relaxlm.compiler.kernels.cpu_latent_attention import LatentShape
+from relaxlm.compiler.kernels.cpu_latent_attention import (
+    attend_workspace_bytes as latent_workspace_bytes,
+)
 from relaxlm.compiler.link import export_library
 from relaxlm.compiler.options import CompileOptions, check_opt
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
@@ -262,8 +266,9 @@ def _metadata(
             page_size=PAGE_SIZE,
             num_layers=config.num_hidden_layers,
             tensors=tensors,
-            bytes_per_token=config.num_hidden_layers
-            * options.kv_format.bytes_per_token(config.num_key_value_heads, config.head_dim),
+            bytes_per_token=sum(
+                math.prod(tensor.shape) // PAGE_SIZE * _itemsize(tensor.dtype) for tensor in tensors
+            ),
         ),
         params=params,
         memory=MemoryPlan(
@@ -299,7 +304,11 @@ def _attention_workspace(config: DecoderConfig, options: CompileOptions) -> int:
 
     What the other kernels take is less than a megabyte per thread.
     """
-    shape, threads = cache_shape(config), usable_cores()
+    threads = usable_cores()
+    if config.latent_cache is not None:
+        latent = LatentShape(config.num_attention_heads, *config.latent_cache, scale=0.0)
+        return latent_workspace_bytes(latent, threads)
+    shape = cache_shape(config)
     pages = -(-options.context_window_size // PAGE_SIZE) if options.batch_invariant else None
     return attend_workspace_bytes(
         shape,

@@ -7,11 +7,12 @@ import tvm
 from tvm import relax
 from tvm.s_tir import dlight
 
-from relaxlm.compiler.kernels import cpu_attention, cuda_attention
+from relaxlm.compiler.kernels import cpu_attention, cpu_latent_attention, cuda_attention
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_expert_matmul import LowerExpertMatmul
+from relaxlm.compiler.passes.lower_latent_attention import LowerLatentAttention
 from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
 from relaxlm.compiler.passes.lower_paged_attention import (
     AttentionKernels,
@@ -50,6 +51,8 @@ class Lowering:
 
     def page_tensors(self) -> tuple[PageTensor, ...]:
         """The cache tensors of each layer."""
+        if self.config.latent_cache is not None:
+            return cpu_latent_attention.page_tensors(*self.config.latent_cache, self.kv_format)
         return ATTENTION[self.kind].page_tensors(cache_shape(self.config), self.kv_format)
 
 
@@ -74,7 +77,9 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         TakeRowsEarly(),
         # Float model -> stored weights, one cache format.
         QuantizeParameters(lowering.specs, lowering.scheme, dtype),
-        LowerPagedAttention(lowering.config, lowering.kv_format, kernels),
+        LowerPagedAttention(lowering.config, lowering.kv_format, kernels)
+        if lowering.config.latent_cache is None
+        else LowerLatentAttention(lowering.config, lowering.kv_format, lowering.kind),
         relax.transform.BundleModelParams("params"),
         # Weights -> kernels that read what is stored.
         LowerEmbedding(),

@@ -21,6 +21,7 @@ MODELS = {
     "baichuan": "baichuan",
     "chatglm": "chatglm",
     "cohere": "cohere",
+    "deepseek_v2": "deepseek_v2",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3",

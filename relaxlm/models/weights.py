@@ -1,5 +1,6 @@
 """Which checkpoint tensors make up which parameter."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,12 +12,13 @@ Role = Literal["linear", "expert", "embedding", "lm_head", "vector"]
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the Hugging Face checkpoint.
+    """One tensor of the Hugging Face checkpoint, or a part of one.
 
     Attributes:
         shape: in the checkpoint.
         view: its elements in the order of the parameter's rows, as a view of the array it gets
-            (a transposition, or heads along the first axis); None where that is their order.
+            (a transposition, heads along the first axis, or some of them); None where that is
+            their order.
         order: the i-th piece of the parameter is the order[i]-th along the first axis of the view.
         shift: added to every value, for norms that are stored as what they differ from 1 by.
     """
@@ -26,6 +28,13 @@ class Source:
     view: Callable[[np.ndarray], np.ndarray] | None = None
     order: tuple[int, ...] | None = None
     shift: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """How many values of the tensor are the parameter's."""
+        if self.view is None:
+            return math.prod(self.shape)
+        return self.view(np.broadcast_to(np.float32(0), self.shape)).size
 
     @property
     def is_changed(self) -> bool:

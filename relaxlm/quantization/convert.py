@@ -119,7 +119,7 @@ class _Parameter:
     def of(cls, spec: ParameterSpec, scheme: Scheme, checkpoint: Checkpoint) -> "_Parameter":
         quant = scheme.for_role(spec.role)
         tensors = tuple(checkpoint.tensors[source.name] for source in spec.sources)
-        assert sum(tensor.size for tensor in tensors) == math.prod(spec.shape), spec
+        assert sum(source.size for source in spec.sources) == math.prod(spec.shape), spec
         by_row = quant is not None or spec.role == "expert"
         columns = spec.shape[-1] if by_row else math.prod(spec.shape[1:])
         return cls(spec, quant, tensors, scheme.storage(spec), columns)
@@ -140,7 +140,7 @@ class _Parameter:
         """Rows to convert at a time: source, tensor, first, past the last, first in the whole."""
         before = 0
         for source, tensor in zip(self.spec.sources, self.tensors, strict=True):
-            rows = tensor.size // max(1, self.columns)
+            rows = source.size // max(1, self.columns)
             # Elements in another order are read all at once.
             step = block_rows(self.columns) if source.view is None else max(1, rows)
             for first in range(0, rows, step):
@@ -157,9 +157,12 @@ class _Parameter:
         row: int,
     ) -> "_Converted":
         """Convert rows first .. last of a source into `arrays`, from row `row` on."""
-        read = tensor.read(first * self.columns, last * self.columns)
+        if source.view is None:
+            read = tensor.read(first * self.columns, last * self.columns)
+        else:
+            read = tensor.read(0, tensor.size).reshape(tensor.shape)
         if source.is_changed:
-            read = source.values(read.reshape(tensor.shape) if source.view else read)
+            read = source.values(read)
         values = read.reshape(-1, self.columns)
         if self.quant is not None:
             parts = {name.rpartition(".")[2]: array for name, array in arrays.items()}

@@ -54,37 +54,32 @@ def cache_shape(config: DecoderConfig) -> AttentionShape:
     )
 
 
-@tvm.transform.module_pass(opt_level=0, name="LowerPagedAttention")
-class LowerPagedAttention:
-    def __init__(self, config: DecoderConfig, format: KVFormat, kernels: AttentionKernels) -> None:
-        self.config, self.format, self.kernels = config, format, kernels
+class PagedSignature:
+    """The parameters of an entry point in place of its abstract cache, here and for other caches.
 
-    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        rewriter = _Rewriter(mod, self)
-        for name, function in mod.functions_items():
-            if isinstance(function, relax.Function):
-                if any(param.name == "cache" for param in function.params):
-                    rewriter.builder_.update_func(name, rewriter.rewrite(function))
-        mod = rewriter.builder_.finalize()
-        return _add_copy_pages(mod, self.page_type(), self.kernels.kind)
+    Args:
+        tensors: the cache's, of all layers, in order.
+
+    Attributes:
+        positions, tables, kv: parameters of the function that is being rewritten.
+    """
+
+    positions: relax.Var
+    tables: dict[str, relax.Var]
+    kv: relax.Var
+
+    def __init__(self, tensors: tuple[PageTensor, ...]) -> None:
+        self.tensors = tensors
 
     def page_type(self) -> relax.TupleType:
-        """All layers' tensors in one tuple: layer 0's k, v, (scales), then layer 1's."""
+        """All tensors in one tuple."""
         pages = tirx.Var("pages", "int64")
-        layer = [
-            relax.TensorType((pages, *tensor.page_shape), tensor.dtype)
-            for tensor in self.kernels.page_tensors(cache_shape(self.config), self.format)
-        ]
-        return relax.TupleType(layer * self.config.num_hidden_layers)
+        return relax.TupleType(
+            [relax.TensorType((pages, *tensor.page_shape), tensor.dtype) for tensor in self.tensors]
+        )
 
-
-@mutator
-class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, lowering: LowerPagedAttention) -> None:
-        super().__init__(mod)
-        self.lowering = lowering
-
-    def rewrite(self, function: relax.Function) -> relax.Function:
+    def rewrite(self, function: relax.Function, rewriter: PyExprMutator) -> relax.Function:
+        """The function with these parameters; its body is what `rewriter` makes of it."""
         inputs = int(function.attrs["num_input"])
         self.positions = next(param for param in function.params if param.name == "positions")
         n = self.positions.ty.shape[0]
@@ -94,17 +89,43 @@ class _Rewriter(PyExprMutator):
             name: relax.Var(name, relax.TensorType((extents[length],), "int32"))
             for name, length in TABLES.items()
         }
-        self.kv = relax.Var("kv", self.lowering.page_type())
+        self.kv = relax.Var("kv", self.page_type())
         leading = []
         for param in function.params[:inputs]:
             leading += list(self.tables.values()) if param.name == "cache" else [param]
         params = [*leading, self.kv, *function.params[inputs:]]
         # The builder has to know the new symbolic lengths while it emits.
-        self.builder_.begin_scope(params)
-        body = self.visit_expr(function.body)
-        self.builder_.end_scope()
+        rewriter.builder_.begin_scope(params)
+        body = rewriter.visit_expr(function.body)
+        rewriter.builder_.end_scope()
         rewritten = relax.Function(params, body, function.ret_ty, attrs=function.attrs)
         return rewritten.with_attr("num_input", len(leading) + 1)
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerPagedAttention")
+class LowerPagedAttention:
+    def __init__(self, config: DecoderConfig, format: KVFormat, kernels: AttentionKernels) -> None:
+        self.config, self.format, self.kernels = config, format, kernels
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        layer = self.kernels.page_tensors(cache_shape(self.config), self.format)
+        signature = PagedSignature(layer * self.config.num_hidden_layers)
+        rewriter = _Rewriter(mod, self, signature)
+        for name, function in mod.functions_items():
+            if isinstance(function, relax.Function):
+                if any(param.name == "cache" for param in function.params):
+                    rewriter.builder_.update_func(name, signature.rewrite(function, rewriter))
+        mod = rewriter.builder_.finalize()
+        return add_copy_pages(mod, signature.page_type(), self.kernels.kind)
+
+
+@mutator
+class _Rewriter(PyExprMutator):
+    def __init__(
+        self, mod: tvm.IRModule, lowering: LowerPagedAttention, signature: PagedSignature
+    ) -> None:
+        super().__init__(mod)
+        self.lowering, self.signature = lowering, signature
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -133,13 +154,14 @@ class _Rewriter(PyExprMutator):
         cache = AttentionShape(shape.q_heads, shape.kv_heads, shape.head_dim, 0, 0, 0.0)
         count = len(kernels.page_tensors(cache, format))
         pages = [
-            self.builder_.emit(relax.TupleGetItem(self.kv, layer * count + i)) for i in range(count)
+            self.builder_.emit(relax.TupleGetItem(self.signature.kv, layer * count + i))
+            for i in range(count)
         ]
         append = self.builder_.add_func(kernels.append(cache, format, dtype), "append_to_pages")
         updated = self.builder_.emit(
             relax.call_tir_inplace(
                 append,
-                [k, v, self.tables["slots"], *pages],
+                [k, v, self.signature.tables["slots"], *pages],
                 list(range(3, 3 + count)),
                 [page.ty for page in pages],
             )
@@ -149,12 +171,19 @@ class _Rewriter(PyExprMutator):
         names = ("row_offsets", "page_offsets", "page_ids", "kv_lengths", "dropped")
         return relax.call_tir(
             attend,
-            [q, self.positions, *(self.tables[name] for name in names), *pages, *sink_logits],
+            [
+                q,
+                self.signature.positions,
+                *(self.signature.tables[name] for name in names),
+                *pages,
+                *sink_logits,
+            ],
             relax.TensorType(q.ty.shape, dtype),
         )
 
 
-def _add_copy_pages(mod: tvm.IRModule, kv_type: relax.TupleType, kind: str) -> tvm.IRModule:
+def add_copy_pages(mod: tvm.IRModule, kv_type: relax.TupleType, kind: str) -> tvm.IRModule:
+    """Add `copy_pages` for the cache's tensors."""
     builder = relax.BlockBuilder(mod)
     count = tirx.Var("k", "int64")
     kv = relax.Var("kv", kv_type)

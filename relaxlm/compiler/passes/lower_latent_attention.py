@@ -1,0 +1,130 @@
+"""Turn multi-head latent attention into kernels: what `LowerPagedAttention` does for other models.
+
+    forward(ids, positions, cache: Object, rows, *params):
+        q_latent = call_dps_packed("relaxlm.head_matmul", (q, w_uk))
+        out = call_dps_packed(
+            "relaxlm.latent_attention", (cache, q_latent, q_rope, latent, k_rope, layer, scale))
+    ->
+    forward(ids, positions, slots, ..., rows, kv: Tuple[pages, ...], *params):
+        q_latent = call_tir(head_matmul, (q, stored w_uk))
+        pages' = call_tir_inplace(append, (latent, k_rope, slots, pages))
+        out = call_tir(attend, (q_latent, q_rope, positions, ..., pages'))
+
+The weights of `head_matmul` are read as they are stored. Runs before LegalizeOps, for CPUs only.
+"""
+
+import tvm
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from relaxlm.compiler.kernels.cpu_latent_attention import (
+    LatentShape,
+    append_kernel,
+    attend_kernel,
+    head_matmul_kernel,
+    page_tensors,
+)
+from relaxlm.compiler.passes.lower_paged_attention import PagedSignature, add_copy_pages
+from relaxlm.compiler.passes.weights import stored_weight
+from relaxlm.errors import UnsupportedError
+from relaxlm.models.base import LATENT_ATTENTION
+from relaxlm.models.config import DecoderConfig
+from relaxlm.models.latent import HEAD_MATMUL
+from relaxlm.quantization.kv_cache import KVFormat
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerLatentAttention")
+class LowerLatentAttention:
+    """The pass.
+
+    Args:
+        kind: of the target.
+
+    Raises:
+        UnsupportedError: a target, a cache format or a window that there are no kernels for.
+    """
+
+    def __init__(self, config: DecoderConfig, format: KVFormat, kind: str) -> None:
+        name = config.model_type
+        if kind != "cpu":
+            raise UnsupportedError(
+                f"{name}: latent attention is not supported on {kind}. Compile for the CPU: "
+                "--device cpu"
+            )
+        if format.scaled:
+            raise UnsupportedError(
+                f"{name}: kv_cache_dtype = {format.name} is not supported for latents, expected "
+                "float32, float16 or bfloat16"
+            )
+        if any(config.windows):
+            raise UnsupportedError(
+                f"{name}: latent attention has no sliding windows; leave out sliding_window_size"
+            )
+        self.config, self.format, self.kind = config, format, kind
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        assert self.config.latent_cache is not None
+        tensors = page_tensors(*self.config.latent_cache, self.format)
+        signature = PagedSignature(tensors * self.config.num_hidden_layers)
+        rewriter = _Rewriter(mod, self.format, signature)
+        for name, function in mod.functions_items():
+            if isinstance(function, relax.Function):
+                if any(param.name == "cache" for param in function.params):
+                    rewriter.builder_.update_func(name, signature.rewrite(function, rewriter))
+        mod = rewriter.builder_.finalize()
+        return add_copy_pages(mod, signature.page_type(), self.kind)
+
+
+@mutator
+class _Rewriter(PyExprMutator):
+    def __init__(self, mod: tvm.IRModule, format: KVFormat, signature: PagedSignature) -> None:
+        super().__init__(mod)
+        self.mod, self.format, self.signature = mod, format, signature
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = super().visit_call_(call)
+        if call.op == tvm.ir.Op.get("relax.call_dps_packed") and isinstance(
+            call.args[0], relax.ExternFunc
+        ):
+            if call.args[0].global_symbol == LATENT_ATTENTION:
+                return self._attention(call)
+            if call.args[0].global_symbol == HEAD_MATMUL:
+                return self._head_matmul(call)
+        return call
+
+    def _attention(self, call: relax.Call) -> relax.Expr:
+        _, q_latent, q_rope, latent, k_rope, layer, scale = call.args[1]
+        heads, size = (int(extent) for extent in list(q_latent.ty.shape)[1:])
+        shape = LatentShape(heads, size, int(q_rope.ty.shape[2]), scale.value)
+        dtype, given = str(q_latent.ty.dtype), self.signature
+        pages = self.builder_.emit(relax.TupleGetItem(given.kv, int(layer.value)))
+        # The append does not depend on the scale: one kernel for all layers.
+        cache = LatentShape(heads, size, shape.rope, 0.0)
+        append = self.builder_.add_func(
+            append_kernel(cache, self.format, dtype), "append_latents_to_pages"
+        )
+        updated = self.builder_.emit(
+            relax.call_tir_inplace(
+                append, [latent, k_rope, given.tables["slots"], pages], [3], [pages.ty]
+            )
+        )
+        attend = self.builder_.add_func(
+            attend_kernel(shape, self.format, dtype), "latent_attention"
+        )
+        names = ("row_offsets", "page_offsets", "page_ids", "kv_lengths")
+        tables = [given.tables[name] for name in names]
+        return relax.call_tir(
+            attend, [q_latent, q_rope, given.positions, *tables, updated], call.ty
+        )
+
+    def _head_matmul(self, call: relax.Call) -> relax.Expr:
+        x, matrix = call.args[1]
+        weight = stored_weight(self.mod, matrix, self.lookup_binding)
+        assert weight is not None and weight.quant is None, f"{matrix} is not a plain parameter"
+        heads, outputs, inputs = weight.shape
+        (stored,) = weight.stored
+        dtypes = (str(stored.ty.dtype), str(x.ty.dtype))
+        kernel = self.builder_.add_func(
+            head_matmul_kernel(heads, outputs, inputs, *dtypes), "head_matmul"
+        )
+        return relax.call_tir(kernel, [x, stored], call.ty)

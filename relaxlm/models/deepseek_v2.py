@@ -1,0 +1,149 @@
+"""DeepSeek-V2 and V2-Lite, after `transformers/models/deepseek_v2/modeling_deepseek_v2.py`."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+from tvm import te, tirx
+from tvm.relax.frontend.nn import Tensor, op
+
+from relaxlm.errors import ConfigError
+from relaxlm.models.latent import LatentAttention, LatentConfig, projection_source
+from relaxlm.models.layers import Block, GatedMLP
+from relaxlm.models.moe import MoEConfig, MoELM, SparseMLP, choose, weighted_sum
+from relaxlm.models.weights import Role, Source
+
+
+class Config(LatentConfig, MoEConfig):
+    """The first `first_k_dense_replace` layers have a single MLP, the others experts."""
+
+    absent: ClassVar[dict] = {
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "first_k_dense_replace": 0,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 0,
+        "moe_intermediate_size": 1407,
+        "moe_layer_freq": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "n_group": 0,
+        "topk_group": 0,
+        # Of training only.
+        "aux_loss_alpha": 0.001,
+        "ep_size": 1,
+        "output_router_logits": False,
+        "seq_aux": True,
+    }
+    spelling: ClassVar[Mapping[str, str]] = {
+        **MoEConfig.spelling,
+        "n_routed_experts": "num_experts",
+    }
+    absent_q_lora_rank: ClassVar[int] = 1536
+    rope_in_pairs: ClassVar[bool] = True
+
+    model_type: Literal["deepseek_v2"]
+    mlp_bias: bool
+    first_k_dense_replace: NonNegativeInt
+    num_experts_per_tok: NonNegativeInt
+    n_shared_experts: PositiveInt
+    moe_intermediate_size: PositiveInt
+    moe_layer_freq: Literal[1]
+    topk_method: Literal["greedy", "group_limited_greedy"]
+    scoring_func: Literal["softmax"]
+    norm_topk_prob: Literal[False]
+    routed_scaling_factor: float
+    n_group: NonNegativeInt
+    topk_group: NonNegativeInt
+
+    @property
+    def expert_size(self) -> int:
+        return self.moe_intermediate_size
+
+
+class SharedMLP(SparseMLP):
+    """Experts that a router chooses, and some that every token passes, as one MLP."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.num_experts_per_tok == 0:
+            raise ConfigError(
+                "config.json: num_experts_per_tok is missing, and layers have experts"
+            )
+        size = config.moe_intermediate_size * config.n_shared_experts
+        shared = config.model_copy(update={"intermediate_size": size})
+        self.shared_experts = GatedMLP(shared, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        config, each = self.config, self.config.num_experts_per_tok
+        scores = op.softmax(self.gate(x), axis=-1)
+        if config.topk_method == "group_limited_greedy":
+            scores = limit_to_groups(scores, config.n_group, config.topk_group)
+        share, chosen = choose(scores, each)
+        gate, up = op.split(self.moe_gate_up_proj(x, chosen, each), 2, axis=-1)
+        routed = self.moe_down_proj(self.activation(gate) * up, chosen, 1)
+        share = share * config.routed_scaling_factor
+        return weighted_sum(routed, share) + self.shared_experts(x)
+
+
+class Model(MoELM):
+    fused: ClassVar[dict[str, tuple[str, ...]]] = {"gate_up_proj": ("gate_proj", "up_proj")}
+
+    def __init__(self, config: Config) -> None:
+        def mlp(layer: int) -> GatedMLP | SharedMLP:
+            if layer < config.first_k_dense_replace:
+                return GatedMLP(config, config.mlp_bias)
+            return SharedMLP(config)
+
+        layers = range(config.num_hidden_layers)
+        super().__init__(config, [Block(config, LatentAttention(config), mlp(i)) for i in layers])
+
+    def _role(self, name: str, shape: tuple[int, ...]) -> Role:
+        # As in folders for MLC, which quantize neither.
+        return "vector" if name.endswith(("w_uk", "w_uv")) else super()._role(name, shape)
+
+    def _sources(self, name: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
+        if name.endswith(("w_uk", "w_uv")):
+            return (projection_source(name, self.config),)
+        return super()._sources(name, shape)
+
+
+def limit_to_groups(scores: Tensor, groups: int, kept: int) -> Tensor:
+    """Zeros for all experts but those of the `kept` groups with the best experts.
+
+    Args:
+        scores: [n, E] float32, in groups of E / groups; none below zero.
+    """
+    n, experts = scores.shape
+    each = int(experts) // groups
+    best = op.max(op.reshape(scores, (n, groups, each)), axis=-1)
+
+    def compute(scores: te.Tensor, best: te.Tensor, others: te.Tensor) -> te.Tensor:
+        other = te.reduce_axis((0, groups), "other")
+
+        def is_before(i, g):
+            tied = tirx.And(others[i, other] == best[i, g], other < g)
+            return tirx.Or(others[i, other] > best[i, g], tied).astype("int32")
+
+        ranks = te.compute(
+            best.shape, lambda i, g: te.sum(is_before(i, g), axis=other), name="group_ranks"
+        )
+        return te.compute(
+            scores.shape,
+            lambda i, e: tirx.Select(
+                ranks[i, e // each] < kept, scores[i, e], tirx.const(0.0, "float32")
+            ),
+            name="limit_to_groups",
+        )
+
+    return op.tensor_expr_op(compute, "limit_to_groups", [scores, best, best])
