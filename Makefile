@@ -15,7 +15,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PACKAGE := pyproject.toml $(shell find relaxlm -type f -not -path '*/__pycache__/*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test lint format docs families clean
 
 help:
 	@echo "make demo     install relaxlm into $(DEMO), then convert, compile and talk to a small model"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint     only formatting, lint and type check"
 	@echo "make format   format the code and mend what ruff can mend"
 	@echo "make docs     write docs/commands.md anew"
+	@echo "make families measure every model family and write the table of docs/models.md"
 	@echo "make clean    remove both environments and all caches"
 
 demo: $(DEMO)/ready
@@ -44,6 +45,9 @@ format: $(TEST)/ready
 
 docs: $(TEST)/ready
 	@$(TEST)/bin/python tools/command_reference.py
+
+families: $(TEST)/ready
+	@$(TEST)/bin/python -m tests.models.families
 
 clean:
 	rm -rf $(DEMO) $(TEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

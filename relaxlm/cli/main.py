@@ -25,7 +25,17 @@ from relaxlm.errors import RelaxLMError
 # In the order of `relaxlm --help`; relaxlm/cli/NAME.py has the function NAME.
 COMMANDS = (
     *("convert_weight", "gen_config", "compile", "chat", "serve", "verify"),
-    *("bench", "bench_serve", "profile", "tune", "build", "estimate", "demo", "doctor"),
+    *(
+        "bench",
+        "bench_serve",
+        "profile",
+        "tune",
+        "build",
+        "estimate",
+        "new_model",
+        "demo",
+        "doctor",
+    ),
 )
 
 FAILED = 1

@@ -224,7 +224,7 @@ def _architecture(
     spelled_out: dict[str, Any] = {
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
-        "rope_theta": config.rope.rope_theta,
+        **({"rope_theta": config.rope.rope_theta} if config.rope is not None else {}),
     }
     rope = raw.get("rope_parameters")
     if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":

@@ -83,7 +83,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.BundleModelParams("params"),
         # Weights -> kernels that read what is stored.
         LowerEmbedding(),
-        LowerExpertMatmul(lowering.kind),
+        LowerExpertMatmul(lowering.config, lowering.kind),
         *(
             [
                 LowerMatmulCPU(lowering.act_quant, lowering.batch_invariant),

@@ -74,6 +74,8 @@ class Config(LatentConfig, MoEConfig):
 class SharedMLP(SparseMLP):
     """Experts that a router chooses, and some that every token passes, as one MLP."""
 
+    config: Config
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         if config.num_experts_per_tok == 0:
@@ -97,6 +99,7 @@ class SharedMLP(SparseMLP):
 
 
 class Model(MoELM):
+    config: Config
     fused: ClassVar[dict[str, tuple[str, ...]]] = {"gate_up_proj": ("gate_proj", "up_proj")}
 
     def __init__(self, config: Config) -> None:

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8_e4m3fn
 import numpy as np
 
 from relaxlm.models import load_config, parameter_specs
+from relaxlm.models.weights import Role
 from relaxlm.runtime.metadata import LibraryMetadata, TensorInfo
 
 
@@ -15,8 +17,8 @@ class Work:
     """Of a model, per step and token.
 
     Attributes:
-        weight_bytes: stored, of all that a decoding step reads: everything but an embedding that
-            isn't the output head as well.
+        weight_bytes: stored, of all that a decoding step of one sequence reads: everything but an
+            embedding that isn't the output head as well, and experts that are not chosen.
         layer_weights: numbers in the matrices that every token passes.
         head_weights: numbers in the output head, which only rows with logits pass.
         cache_bytes: of the KV cache, per token of the context.
@@ -34,7 +36,7 @@ class Work:
         """The work of a library's model."""
         config = load_config(info.model_config_json)
         specs = parameter_specs(config)
-        sizes = {role: 0 for role in ("linear", "embedding", "lm_head", "vector")}
+        sizes = dict.fromkeys(get_args(Role), 0)
         for spec in specs:
             sizes[spec.role] += math.prod(spec.shape)
         unread = 0
@@ -42,9 +44,17 @@ class Work:
             [name] = [spec.name for spec in specs if spec.role == "embedding"]
             stem = name.removesuffix("weight")  # .q_weight and .q_scale where it is quantized
             unread = sum(nbytes(tensor) for tensor in info.params if tensor.name.startswith(stem))
+        chosen = 1.0  # the share of the experts' weights that a token passes
+        if sizes["expert"]:
+            chosen = config.num_experts_per_tok / config.num_experts  # type: ignore[attr-defined]
+            stems = tuple(
+                spec.name.removesuffix("weight") for spec in specs if spec.role == "expert"
+            )
+            stored = sum(nbytes(tensor) for tensor in info.params if tensor.name.startswith(stems))
+            unread += round(stored * (1 - chosen))
         return Work(
             weight_bytes=info.memory.params - unread,
-            layer_weights=sizes["linear"],
+            layer_weights=sizes["linear"] + round(sizes["expert"] * chosen),
             head_weights=sizes["lm_head"] or sizes["embedding"],
             cache_bytes=info.kv_cache.bytes_per_token,
             # A product with a key and one with a value: a multiplication and an addition each.

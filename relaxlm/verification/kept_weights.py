@@ -108,7 +108,10 @@ class _Stored:
             columns = self.spec.shape[-1] if array.ndim > 1 else 1
             return array.reshape(-1, columns)[rows].astype(np.float32)
         by_row = {
-            part: array[:, rows] if self.quant.layout == "KN" else array[rows]
+            # Of experts, [E, N, columns], rows are numbered through.
+            part: array[:, rows]
+            if self.quant.layout == "KN"
+            else array.reshape(-1, array.shape[-1])[rows]
             for part, array in self.arrays.items()
         }
         return self.quant.dequantize(by_row, (rows.stop - rows.start, self.spec.shape[-1]))

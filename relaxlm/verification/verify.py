@@ -283,7 +283,13 @@ def _compare_configs(config: DecoderConfig, library: Library, source: Path) -> l
 def _computed(config: DecoderConfig) -> dict[str, Any]:
     """The fields of a configuration that decide what is computed, sizes aside."""
     fields = config.model_dump(exclude={*_SIZES, "rope", "windows", "max_position_embeddings"})
-    rope = {f"rope.{name}": value for name, value in config.rope.model_dump().items()}
+    ropes = {name: getattr(config, name, None) for name in ("rope", "local_rope")}
+    rope = {
+        f"{name}.{key}": value
+        for name, found in ropes.items()
+        if found is not None
+        for key, value in found.model_dump().items()
+    }
     return fields | rope | {"sliding windows": sorted(set(config.windows))}
 
 

@@ -77,7 +77,8 @@ def dequantized_state(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
     for spec in models.parameter_specs(models.load_config(raw)):
         quant = scheme.for_role(spec.role)
         for source in spec.sources:
-            tensor = state[source.name].numpy().copy()
+            # Two parameters may be parts of one tensor.
+            tensor = result.get(source.name, state[source.name]).numpy().copy()
             value = source.values(tensor).reshape(-1, *spec.shape[1:])
             kept = quant.dequantize(quant.quantize(value), value.shape) if quant else None
             if kept is None:

@@ -1,7 +1,8 @@
 """InternLM2 and Orion, which transformers does not have.
 
-The reference is float64 NumPy, transcribed from the code that is published with their weights
-(`internlm/internlm2-7b/modeling_internlm2.py`, `OrionStarAI/Orion-14B-Base/modeling_orion.py`).
+The reference is float64 NumPy, written after the code that is published with InternLM2's weights
+(`internlm/internlm2-7b/modeling_internlm2.py`); for Orion, whose file was not at hand, after
+descriptions of it: Llama with LayerNorm.
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,6 @@ import httpx
 import pytest
 
 from relaxlm.errors import LibraryError
-
 from tests.server.serving import FakeService, Running, fake_api, running
 
 

@@ -16,6 +16,7 @@ from relaxlm.compiler.kernels.vector import vector_unit
 from relaxlm.compiler.passes.rewrite import rewrite_functions
 from relaxlm.compiler.passes.weights import stored_weight
 from relaxlm.errors import UnsupportedError
+from relaxlm.models.config import DecoderConfig
 from relaxlm.models.moe import EXPERT_MATMUL
 
 
@@ -25,20 +26,28 @@ class LowerExpertMatmul:
 
     Args:
         kind: of the target.
+
+    Raises:
+        UnsupportedError: a target that there are no kernels for.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, config: DecoderConfig, kind: str) -> None:
+        # Not where the operator is met: an exception loses its type on its way through TVM.
+        if kind != "cpu" and getattr(config, "num_experts", None):
+            raise UnsupportedError(
+                f"{config.model_type}: mixtures of experts are not supported on {kind}. Compile "
+                "for the CPU: --device cpu"
+            )
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return rewrite_functions(mod, _Rewriter(mod, self.kind))
+        return rewrite_functions(mod, _Rewriter(mod))
 
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, kind: str) -> None:
+    def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
-        self.mod, self.kind = mod, kind
+        self.mod = mod
         self.unit = vector_unit(tvm.target.Target.current(allow_none=True))
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
@@ -53,8 +62,6 @@ class _Rewriter(PyExprMutator):
         x, matrix, chosen, repeat = call.args[1]
         weight = stored_weight(self.mod, matrix, self.lookup_binding)
         assert weight is not None, f"weights of experts are parameters, not {matrix}"
-        if self.kind != "cpu":
-            raise UnsupportedError(f"mixtures of experts are not compiled for {self.kind}; use cpu")
         dtype = str(weight.stored[-1].ty.dtype)
         each = int(chosen.ty.shape[1])
         kernel = expert_kernel(
