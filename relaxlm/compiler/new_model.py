@@ -280,7 +280,7 @@ def _compare_tensors(
     """Match tensors with what the family expects; the share of them that have the same name."""
     try:
         instance = model(config)
-    except (AssertionError, TypeError, ValueError, KeyError, AttributeError):
+    except (AssertionError, TypeError, ValueError, KeyError, AttributeError, RelaxLMError):
         return 0.0
     ignored = [re.compile(_as_regex(glob)) for glob in instance.ignored_sources()]
     found = {
