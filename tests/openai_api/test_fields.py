@@ -8,11 +8,7 @@ from openai.types import completion_create_params, embedding_create_params
 from openai.types import responses as openai_responses
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params, response_input_param
-from openai.types.shared_params import (
-    function_definition,
-    reasoning,
-    response_format_json_schema,
-)
+from openai.types.shared_params import function_definition, reasoning, response_format_json_schema
 
 from relaxlm.openai_api import chat_request, response_request
 from relaxlm.openai_api.chat_request import ChatCompletionRequest
