@@ -99,10 +99,9 @@ class Step:
             [n, num_attention_heads, head_dim], in the dtype of q.
         """
         window, sinks = self.config.windows[layer], self.config.attention_sinks
-        return op.extern(
+        return self.with_cache(
             PAGED_ATTENTION,
             [
-                _as_argument(self.cache._expr),
                 q,
                 k,
                 v,
@@ -113,7 +112,7 @@ class Step:
                 float(cap),
                 *([] if sink_logits is None else [op.astype(sink_logits, "float32")]),
             ],
-            Tensor.placeholder(q.shape, q.dtype),
+            q,
         )
 
     def latent_attention(
@@ -139,18 +138,20 @@ class Step:
         Returns:
             [n, heads, latent], the weighted latents, in the dtype of q_latent.
         """
-        return op.extern(
-            LATENT_ATTENTION,
-            [_as_argument(self.cache._expr), q_latent, q_rope, latent, k_rope, layer, float(scale)],
-            Tensor.placeholder(q_latent.shape, q_latent.dtype),
-        )
+        arguments = [q_latent, q_rope, latent, k_rope, layer, float(scale)]
+        return self.with_cache(LATENT_ATTENTION, arguments, q_latent)
 
+    def with_cache(self, operator: str, arguments: Sequence[Any], like: Tensor) -> Tensor:
+        """Call an abstract operator that reads and writes the cache.
 
-def _as_argument(expr: relax.Expr) -> Tensor:
-    # nn.op.extern only takes tensors and numbers; the handle travels as if it were a tensor.
-    handle = Tensor.__new__(Tensor)
-    handle._expr = expr
-    return handle
+        Args:
+            arguments: tensors, numbers and strings; the operator gets the cache in front of them.
+            like: has the shape and dtype of the result.
+        """
+        # nn.op.extern only takes tensors and numbers; the handle travels as if it were a tensor.
+        handle = Tensor.__new__(Tensor)
+        handle._expr = self.cache._expr
+        return op.extern(operator, [handle, *arguments], Tensor.placeholder(like.shape, like.dtype))
 
 
 def _cos_sin(

@@ -1,6 +1,7 @@
 """Reading config.json: what decides what a decoder computes."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -31,6 +32,15 @@ WITHOUT_EFFECT = frozenset(
     z_loss_weight
     """.split()
 )
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of what a recurrent layer keeps of a sequence: [slots, *shape] of `dtype`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
 
 
 # What `layers.ACTIVATIONS` computes.
@@ -171,6 +181,14 @@ class DecoderConfig(BaseModel):
     def latent_cache(self) -> tuple[int, int] | None:
         """Features of the latent and of the rotated key that layers cache instead of heads."""
         return None
+
+    def layer_states(self, layer: int) -> tuple[StateTensor, ...]:
+        """What a layer keeps of a sequence beside the paged cache (`models/state.py`)."""
+        return ()
+
+    def has_pages(self, layer: int) -> bool:
+        """Whether a layer attends, and so has pages in the cache."""
+        return True
 
     @property
     def embedding_scale(self) -> float:
