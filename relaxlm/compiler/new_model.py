@@ -15,6 +15,7 @@ from relaxlm import models
 from relaxlm.errors import ConfigError, RelaxLMError
 from relaxlm.models.base import CausalLM
 from relaxlm.models.config import WITHOUT_EFFECT, DecoderConfig
+from relaxlm.models.weights import found_in
 
 # Other names of our fields, besides those that some family of relaxlm spells so.
 FIELDS = {
@@ -282,19 +283,26 @@ def _compare_tensors(
         instance = model(config)
     except (AssertionError, TypeError, ValueError, KeyError, AttributeError, RelaxLMError):
         return 0.0
-    ignored = [re.compile(_as_regex(glob)) for glob in instance.ignored_sources()]
+    twins = [
+        name
+        for spec in instance.parameter_specs()
+        for source in spec.sources
+        for name in source.twins
+        if source.found_in(tensors).name != name
+    ]
+    ignored = [re.compile(_as_regex(glob)) for glob in (*instance.ignored_sources(), *twins)]
     found = {
         name: shape
         for name, shape in patterns(tensors.items()).items()
         if not any(glob.fullmatch(name) for glob in ignored)
     }
-    expected = _expected(instance)
+    expected = _expected(instance, tensors)
     result.renamed = renamed_parts(
         {name: shape for name, shape in expected.items() if name not in found},
         {name: shape for name, shape in found.items() if name not in expected},
     )
     names = {**model.checkpoint_names, **result.renamed}
-    drafted = _expected(type("Drafted", (model,), {"checkpoint_names": names})(config))
+    drafted = _expected(type("Drafted", (model,), {"checkpoint_names": names})(config), tensors)
     result.absent_tensors = {n: shape for n, shape in drafted.items() if n not in found}
     result.unused_tensors = {n: shape for n, shape in found.items() if n not in drafted}
     same, meet = set(expected) & set(found), set(drafted) & set(found)
@@ -302,10 +310,9 @@ def _compare_tensors(
     return (0.2 * len(same) + 0.8 * len(meet)) / len(set(drafted) | set(found))
 
 
-def _expected(model: CausalLM) -> dict[str, tuple[int, ...]]:
-    return patterns(
-        (source.name, source.shape) for spec in model.parameter_specs() for source in spec.sources
-    )
+def _expected(model: CausalLM, tensors: Shapes) -> dict[str, tuple[int, ...]]:
+    specs = found_in(model.parameter_specs(), tensors)
+    return patterns((source.name, source.shape) for spec in specs for source in spec.sources)
 
 
 def _as_regex(glob: str) -> str:

@@ -7,6 +7,7 @@ one cache format.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -201,7 +202,7 @@ class CausalLM(nn.Module):
     # Parameter name parts that hold several checkpoint tensors, concatenated along the output axis.
     fused: ClassVar[dict[str, tuple[str, ...]]] = {}
     # Patterns of checkpoint tensors that no parameter needs.
-    ignored: ClassVar[tuple[str, ...]] = ("*.rotary_emb.inv_freq",)
+    ignored: ClassVar[tuple[str, ...]] = ("*.rotary_emb.inv_freq", "rotary_emb.inv_freq")
     # Whole parts of the names of our modules -> what the family's checkpoints call them, in order.
     checkpoint_names: ClassVar[Mapping[str, str]] = {}
     # The same for parameters of the compiled model, which are called as in folders that are
@@ -285,7 +286,7 @@ class CausalLM(nn.Module):
                 _renamed(name, self.published_names),
                 shape,
                 self._role(name, shape),
-                self._sources(name, shape),
+                tuple(self._with_names(source) for source in self._sources(name, shape)),
             )
             for name, shape in (
                 (name, tuple(int(extent) for extent in parameter.shape))
@@ -295,9 +296,7 @@ class CausalLM(nn.Module):
 
     def ignored_sources(self) -> tuple[str, ...]:
         """Patterns of checkpoint tensors that may stay unused."""
-        if not self.config.tie_word_embeddings:
-            return self.ignored
-        return (*self.ignored, self._checkpoint_name("lm_head.weight"))
+        return self.ignored
 
     def _role(self, name: str, shape: tuple[int, ...]) -> Role:
         if len(shape) == 1 or "norm." in name:
@@ -319,6 +318,29 @@ class CausalLM(nn.Module):
 
     def _checkpoint_name(self, name: str) -> str:
         return _renamed(name, self.checkpoint_names)
+
+    def _with_names(self, source: Source) -> Source:
+        """A source with all that checkpoints call it, and what is tied to it."""
+        source = replace(source, other_names=self._other_names(source.name))
+        if not (
+            self.config.tie_word_embeddings
+            and source.name == self._checkpoint_name("model.embed_tokens.weight")
+        ):
+            return source
+        head = self._checkpoint_name("lm_head.weight")
+        return replace(source, twins=(head, *self._other_names(head)))
+
+    def _other_names(self, name: str) -> tuple[str, ...]:
+        """What else checkpoints call a tensor.
+
+        Those of a base model without head have no part for it. Where a model also reads pictures,
+        transformers has written "language_model" in front, and since release 4.52 within.
+        """
+        base = self._checkpoint_name("model.embed_tokens").partition(".")[0] + "."
+        if not name.startswith(base):
+            return (f"language_model.{name}",)
+        inner = name.removeprefix(base)
+        return (inner, f"language_model.{name}", f"model.language_model.{inner}")
 
     def fused_rows(self, part: str) -> tuple[int, ...]:
         """Output rows of each tensor that a fused parameter is made of."""

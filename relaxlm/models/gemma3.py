@@ -141,8 +141,8 @@ class Model(CausalLM):
     }
     ignored: ClassVar[tuple[str, ...]] = (
         *CausalLM.ignored,
-        "vision_tower.*",
-        "multi_modal_projector.*",
+        *("vision_tower.*", "multi_modal_projector.*"),
+        *("model.vision_tower.*", "model.multi_modal_projector.*"),
     )
 
     def __init__(self, config: Config) -> None:
@@ -151,6 +151,3 @@ class Model(CausalLM):
             for _ in range(config.num_hidden_layers)
         ]
         super().__init__(config, blocks)
-
-    def _checkpoint_name(self, name: str) -> str:
-        return f"language_model.{name}" if self.config.model_type == "gemma3" else name

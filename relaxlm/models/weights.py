@@ -1,8 +1,8 @@
 """Which checkpoint tensors make up which parameter."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,9 @@ class Source:
             their order.
         order: the i-th piece of the parameter is the order[i]-th along the first axis of the view.
         shift: added to every value, for norms that are stored as what they differ from 1 by.
+        other_names: what other checkpoints of the family call it. One checkpoint has one of them.
+        twins: tensors that are tied to this one. They may be there, too, with the same values, or
+            instead of it.
     """
 
     name: str
@@ -28,6 +31,21 @@ class Source:
     view: Callable[[np.ndarray], np.ndarray] | None = None
     order: tuple[int, ...] | None = None
     shift: float = 0.0
+    other_names: tuple[str, ...] = ()
+    twins: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that it may be called."""
+        return (self.name, *self.other_names)
+
+    def found_in(self, names: Container[str]) -> "Source":
+        """The same under the first of its names or its twins' that is there; itself if none."""
+        there = [name for name in (*self.names, *self.twins) if name in names]
+        if not there:
+            return self
+        others = tuple(name for name in self.names if name != there[0])
+        return replace(self, name=there[0], other_names=others)
 
     @property
     def size(self) -> int:
@@ -68,3 +86,11 @@ class ParameterSpec:
     shape: tuple[int, ...]
     role: Role
     sources: tuple[Source, ...]
+
+
+def found_in(specs: Sequence[ParameterSpec], names: Container[str]) -> list[ParameterSpec]:
+    """The parameters with their sources under the names that a checkpoint has."""
+    return [
+        replace(spec, sources=tuple(source.found_in(names) for source in spec.sources))
+        for spec in specs
+    ]

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +14,7 @@ import numpy as np
 
 from relaxlm.errors import CheckpointError, WeightsError
 from relaxlm.files import format_bytes
-from relaxlm.models.weights import ParameterSpec, Source
+from relaxlm.models.weights import ParameterSpec, Source, found_in
 from relaxlm.quantization.checkpoint import Checkpoint, shorten
 from relaxlm.quantization.container import ALIGNMENT, SHARD_BYTES, ContainerWriter
 from relaxlm.quantization.conversion_report import (
@@ -75,7 +75,7 @@ def plan_conversion(
     """
     _check_output(_folder(source), output)
     checkpoint = open_float_checkpoint(source)
-    _check_fit(checkpoint, specs, ignored)
+    specs = _fitting(checkpoint, specs, ignored)
     position = {name: i for i, name in enumerate(checkpoint.tensors)}
     parameters = [_Parameter.of(spec, scheme, checkpoint) for spec in specs]
     parameters.sort(key=lambda parameter: position[parameter.tensors[0].name])
@@ -320,31 +320,85 @@ def _check_output(folder: Path, output: Path) -> None:
         )
 
 
-def _check_fit(
+def _fitting(
     checkpoint: Checkpoint, specs: Sequence[ParameterSpec], ignored: Sequence[str]
-) -> None:
-    """Compare the checkpoint's tensors with those that the model is made of."""
-    wanted = {source.name: source.shape for spec in specs for source in spec.sources}
-    missing = [name for name in wanted if name not in checkpoint.tensors]
+) -> list[ParameterSpec]:
+    """The parameters with their sources under the checkpoint's own names, if all are there."""
+    specs = found_in(specs, checkpoint.tensors)
+    sources = {source.name: source for spec in specs for source in spec.sources}
+    missing = [name for name in sources if name not in checkpoint.tensors]
+    twice = [
+        f"{name} and {other}"
+        for name, source in sources.items()
+        for other in source.other_names
+        if name in checkpoint.tensors and other in checkpoint.tensors
+    ]
+    wanted = {name for source in sources.values() for name in (*source.names, *source.twins)}
     unused = [
         name
         for name in checkpoint.tensors
         if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in ignored)
     ]
     misshapen = [
-        f"{name}: {list(checkpoint.tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in wanted.items()
-        if name in checkpoint.tensors and checkpoint.tensors[name].shape != shape
+        f"{name}: {list(checkpoint.tensors[name].shape)}, expected {list(source.shape)}"
+        for name, source in sources.items()
+        if name in checkpoint.tensors and checkpoint.tensors[name].shape != source.shape
     ]
-    kinds = (("missing", missing), ("unused", unused), ("of another shape", misshapen))
+    kinds = (
+        ("missing", missing),
+        ("under two names", twice),
+        ("unused", unused),
+        ("of another shape", misshapen),
+    )
     faults = [f"{len(names)} {kind} ({shorten(names)})" for kind, names in kinds if names]
     if faults:
         raise CheckpointError(
             f"{checkpoint.folder}: checkpoint does not fit the model: {', '.join(faults)}. "
-            "Is config.json from the same revision?"
+            f"{_advice(specs, missing, sources)}"
         )
-    for name in wanted:
+    for name in sources:
         checkpoint.tensors[name].check_readable()
+    for source in sources.values():
+        _check_twins(checkpoint, source)
+    return specs
+
+
+def _advice(
+    specs: Sequence[ParameterSpec], missing: Sequence[str], sources: Mapping[str, Source]
+) -> str:
+    """What a user may look at, for an error that names the missing tensors."""
+    others = {s.name for spec in specs if spec.role != "lm_head" for s in spec.sources}
+    if missing and others.isdisjoint(missing):
+        advice = (
+            'If the embedding is the head, too, set "tie_word_embeddings" to true in config.json; '
+            "else the folder lacks the head of a language model"
+        )
+    else:
+        advice = "Is config.json from the same revision?"
+    if missing and (tried := sources[missing[0]].other_names):
+        advice += f" (sought {missing[0]} also as {', '.join(tried)})"
+    return advice
+
+
+def _check_twins(checkpoint: Checkpoint, source: Source) -> None:
+    """Raise CheckpointError if a tensor that is tied to this one differs from it."""
+    tensor = checkpoint.tensors[source.name]
+    for name in source.twins:
+        twin = checkpoint.tensors.get(name)
+        if twin is None or (twin.file, twin.offset) == (tensor.file, tensor.offset):
+            continue
+        step = BLOCK_ELEMENTS
+        same = twin.shape == tensor.shape and all(
+            np.array_equal(tensor.read(i, end), twin.read(i, end))
+            for i in range(0, tensor.size, step)
+            for end in (min(i + step, tensor.size),)
+        )
+        if not same:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} differs from {source.name}, and config.json says "
+                'that they are one (tie_word_embeddings). Set "tie_word_embeddings" to false in '
+                "config.json if the head is meant, or delete the tensor that is not"
+            )
 
 
 def _numpy_dtype(name: str) -> np.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from relaxlm.models.weights import ParameterSpec
+from relaxlm.models.weights import ParameterSpec, found_in
 from relaxlm.quantization.groupwise import GroupQuant, cast, round_to
 from relaxlm.quantization.schemes import Scheme
 from relaxlm.runtime.params import WeightFolder
@@ -50,7 +50,7 @@ def keep_weights(
         The parameters that differ, in model order.
     """
     differences = []
-    for spec in specs:
+    for spec in found_in(specs, state):
         stored = _Stored(spec, scheme, weights)
         different = far = 0
         largest, within_a_step = 0.0, True

@@ -10,6 +10,7 @@ from relaxlm import models
 from relaxlm.compiler.build import compile_model
 from relaxlm.compiler.options import CompileOptions
 from relaxlm.compiler.target import DeviceTarget, resolve_device
+from relaxlm.models.weights import ParameterSpec, found_in
 from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library
@@ -59,7 +60,7 @@ def stored_parameters(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
     """Checkpoint tensors as the scheme stores them: the fused ones joined, matrices quantized."""
     scheme = get_scheme(scheme_name)
     stored = {}
-    for spec in models.parameter_specs(models.load_config(raw)):
+    for spec in _specs(raw, state):
         parts = [source.values(state[source.name].numpy()) for source in spec.sources]
         parts = [part.reshape(-1, *spec.shape[1:]) for part in parts]
         value = np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -74,7 +75,7 @@ def stored_parameters(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
 def dequantized_state(raw: dict, state: dict[str, torch.Tensor], scheme_name: str) -> dict:
     """The checkpoint with every value replaced by what the scheme keeps of it."""
     scheme, result = get_scheme(scheme_name), {}
-    for spec in models.parameter_specs(models.load_config(raw)):
+    for spec in _specs(raw, state):
         quant = scheme.for_role(spec.role)
         for source in spec.sources:
             # Two parameters may be parts of one tensor.
@@ -86,6 +87,10 @@ def dequantized_state(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
             source.put_back(tensor, kept)
             result[source.name] = torch.from_numpy(tensor)
     return result
+
+
+def _specs(raw: dict, state: dict[str, torch.Tensor]) -> list[ParameterSpec]:
+    return found_in(models.parameter_specs(models.load_config(raw)), state)
 
 
 def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
