@@ -23,6 +23,7 @@ from relaxlm.compiler.kernels.cpu_latent_attention import (
 from relaxlm.compiler.link import export_library
 from relaxlm.compiler.options import CompileOptions, check_opt
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
+from relaxlm.compiler.passes.signature import state_tensors
 from relaxlm.compiler.pipeline import (
     Lowering,
     compute_dtype,
@@ -39,6 +40,7 @@ from relaxlm.runtime.metadata import (
     LibraryMetadata,
     Limits,
     MemoryPlan,
+    StateInfo,
     TargetInfo,
     TensorInfo,
 )
@@ -46,6 +48,9 @@ from relaxlm.runtime.threads import usable_cores
 from relaxlm.versions import PINNED, RELAXLM_VERSION
 
 Progress = Callable[[str, float], None]
+
+# Tokens of a page where no layer attends: it is never touched, and the fewer there are the better.
+_PAGE_OF_NUMBERS = 2**20
 
 # Layers after which the buffers of a step repeat.
 PLANNED_LAYERS = 3
@@ -128,12 +133,12 @@ def describe_model(
 ) -> LibraryMetadata:
     """What a library would say of itself, memory plan included; no code is generated.
 
-    Of the memory plan, only the buffers of `forward` are given. Every layer uses the same ones, so
-    a few layers are lowered to find out, whatever the model's depth.
+    Of the memory plan, only the buffers of `forward` are given. Layers of one kind use the same
+    ones, so the first layers are lowered to find out, up to one of each kind.
     """
     config = config.with_window(options.sliding_window_size, options.attention_sink_size)
     config = config.for_context(options.context_window_size)
-    depth = min(config.num_hidden_layers, PLANNED_LAYERS)
+    depth = _planned_layers(config)
     shallow = config.model_copy(
         update={"num_hidden_layers": depth, "windows": config.windows[:depth]}
     )
@@ -142,6 +147,15 @@ def describe_model(
     specs = models.parameter_specs(config)
     lowering = Lowering(config, specs, scheme, options.kv_format, device.kind)
     return _metadata(config, raw_config, scheme, device, options, lowering, temporary)
+
+
+def _planned_layers(config: DecoderConfig) -> int:
+    """So many layers from the first on that one of each kind is among them."""
+    layers = range(config.num_hidden_layers)
+    first: dict[Any, int] = {}
+    for layer in layers:
+        first.setdefault((config.has_pages(layer), config.layer_states(layer)), layer)
+    return min(len(layers), max(PLANNED_LAYERS, max(first.values()) + 1))
 
 
 def _lower(
@@ -242,7 +256,12 @@ def _metadata(
     tensors = [
         TensorInfo(name=f"{layer}.{tensor.name}", shape=tensor.page_shape, dtype=tensor.dtype)
         for layer in range(config.num_hidden_layers)
+        if config.has_pages(layer)
         for tensor in lowering.page_tensors()
+    ]
+    states = [
+        TensorInfo(name=f"{layer}.{tensor.name}", shape=tensor.shape, dtype=tensor.dtype)
+        for layer, tensor in state_tensors(config)
     ]
     return LibraryMetadata(
         contract=CONTRACT,
@@ -263,16 +282,17 @@ def _metadata(
         ),
         kv_cache=CacheInfo(
             dtype=options.kv_format.name,
-            page_size=PAGE_SIZE,
+            page_size=PAGE_SIZE if tensors else min(options.context_window_size, _PAGE_OF_NUMBERS),
             num_layers=config.num_hidden_layers,
             tensors=tensors,
             bytes_per_token=sum(
                 math.prod(tensor.shape) // PAGE_SIZE * _itemsize(tensor.dtype) for tensor in tensors
             ),
         ),
+        state=StateInfo(tensors=states, bytes_per_sequence=sum(map(_nbytes, states))),
         params=params,
         memory=MemoryPlan(
-            params=sum(math.prod(p.shape) * _itemsize(p.dtype) for p in params),
+            params=sum(map(_nbytes, params)),
             temporary=temporary,
         ),
     )
@@ -305,6 +325,8 @@ def _attention_workspace(config: DecoderConfig, options: CompileOptions) -> int:
     What the other kernels take is less than a megabyte per thread.
     """
     threads = usable_cores()
+    if not any(map(config.has_pages, range(config.num_hidden_layers))):
+        return 0
     if config.latent_cache is not None:
         latent = LatentShape(config.num_attention_heads, *config.latent_cache, scale=0.0)
         return latent_workspace_bytes(latent, threads)
@@ -319,6 +341,10 @@ def _attention_workspace(config: DecoderConfig, options: CompileOptions) -> int:
         tvm.target.Target.current(),
         pages,
     )
+
+
+def _nbytes(tensor: TensorInfo) -> int:
+    return math.prod(tensor.shape) * _itemsize(tensor.dtype)
 
 
 def _itemsize(dtype: str) -> int:

@@ -16,27 +16,31 @@ from relaxlm.runtime.threads import set_threads
 
 
 class Memory(NamedTuple):
-    """Bytes on the device: weights, the KV cache, and the buffers of the largest step."""
+    """Bytes on the device: weights, KV cache, recurrent states, and the largest step's buffers."""
 
     params: int
     kv_cache: int
+    states: int
     temporary: int
 
     @property
     def total(self) -> int:
-        return self.params + self.kv_cache + self.temporary
+        return sum(self)
 
 
 class Executor:
-    """A library with weights and a KV cache of `pages` pages, ready for steps.
+    """A library with weights, a KV cache and the states of recurrent layers, ready for steps.
 
     Not thread-safe: TVM's pool of worker threads belongs to the thread that calls it.
     """
 
-    def __init__(self, library: Library, weights: WeightFolder, pages: int) -> None:
+    def __init__(
+        self, library: Library, weights: WeightFolder, pages: int, state_slots: int = 0
+    ) -> None:
         """
         Args:
             pages: of the KV cache, `kv_cache.page_size` tokens each.
+            state_slots: of recurrent layers (`runtime/state_slots.py`).
 
         Raises:
             WeightsError: the folder's tensors are not those that the library was compiled for.
@@ -44,23 +48,28 @@ class Executor:
         """
         info = library.metadata
         weights.check({param.name: (param.shape, param.dtype) for param in info.params})
-        self._prepare(library, pages)
+        self._prepare(library, pages, state_slots)
         self._set_params([weights.load_tvm(param.name) for param in info.params])
 
     @classmethod
     def from_arrays(
-        cls, library: Library, params: Mapping[str, np.ndarray], pages: int
+        cls,
+        library: Library,
+        params: Mapping[str, np.ndarray],
+        pages: int,
+        state_slots: int = 0,
     ) -> "Executor":
         """The same with weights from memory: parameter name -> array."""
         self = cls.__new__(cls)
-        self._prepare(library, pages)
+        self._prepare(library, pages, state_slots)
         arrays = (params[param.name] for param in library.metadata.params)
         self._set_params([tvm_runtime.share(_aligned_copy(array)) for array in arrays])
         return self
 
-    def _prepare(self, library: Library, pages: int) -> None:
+    def _prepare(self, library: Library, pages: int, state_slots: int) -> None:
         set_threads()
-        self.library, self.metadata, self.pages = library, library.metadata, pages
+        self.library, self.metadata = library, library.metadata
+        self.pages, self.state_slots = pages, state_slots
         self.device = _device(library)
         self.on_gpu = self.metadata.target.kind != "cpu"
         machine = tvm_runtime.machine(library.module, self.device)
@@ -73,12 +82,16 @@ class Executor:
         self._staged_sizes: list[int] = []
         self._staged_arrays: list[np.ndarray] = []
         self._staged_tensors: list[Any] = []
-        self._kv = _array(
-            [
-                self._empty_pages(tensor.shape, tensor.dtype)
-                for tensor in self.metadata.kv_cache.tensors
-            ]
-        )
+        cache, states = self.metadata.kv_cache.tensors, self.metadata.state.tensors
+        self._kv = _array([self._zeros((pages, *tensor.shape), tensor.dtype) for tensor in cache])
+        # Tables that a step takes, and the tensors that it changes.
+        self._tables, self._cache = len(BatchTables._fields), [self._kv]
+        if states:
+            assert state_slots, "a model with recurrent layers and no slot for their states"
+            shapes = [((state_slots, *tensor.shape), tensor.dtype) for tensor in states]
+            self._cache.append(_array([self._zeros(*shape) for shape in shapes]))
+        else:
+            self._tables = BatchTables._fields.index("state_sources")
 
     def _set_params(self, tensors: Sequence[Any]) -> None:
         if self.on_gpu:
@@ -91,6 +104,7 @@ class Executor:
         return Memory(
             self.metadata.memory.params,
             self.pages * cache.page_size * cache.bytes_per_token,
+            self.state_slots * self.metadata.state.bytes_per_sequence,
             self.metadata.memory.temporary["forward"],
         )
 
@@ -116,16 +130,17 @@ class Executor:
         assert len(input_ids) == tables.row_offsets[-1] == len(tables.slots)
         first, last = _bounds(logit_positions)
         assert 0 <= first and last < len(input_ids)
-        inputs = self._inputs((input_ids, *tables, logit_positions))
-        return self._read(self._forward(*inputs, self._kv, self._params))
+        inputs = self._inputs((input_ids, *tables[: self._tables], logit_positions))
+        return self._read(self._forward(*inputs, *self._cache, self._params))
 
     def hidden_states(self, tables: BatchTables, input_ids: np.ndarray) -> list[np.ndarray]:
         """The residual stream [n, hidden] float32 before the first layer and after each, and the
         final norm's output.
         """
         self._check(input_ids, len(tables.kv_lengths), 0)
-        states = self._hidden(*self._inputs((input_ids, *tables)), self._kv, self._params)
-        return [tvm_runtime.download(state) for state in states]
+        inputs = self._inputs((input_ids, *tables[: self._tables]))
+        layers = self._hidden(*inputs, *self._cache, self._params)
+        return [tvm_runtime.download(layer) for layer in layers]
 
     def embed(self, input_ids: np.ndarray) -> np.ndarray:
         """Token ids [n] int32 to the vectors that the first layer reads, [n, hidden] float32."""
@@ -139,7 +154,7 @@ class Executor:
         Args:
             sources, targets: [k] int32 page numbers; no page is in both.
         """
-        if len(sources):
+        if len(sources) and len(self._kv):
             self._copy(self._kv, *self._inputs((sources, targets)))
 
     def _check(self, input_ids: np.ndarray, sequences: int, rows: int) -> None:
@@ -192,9 +207,8 @@ class Executor:
         self._staged_tensors = [tvm_runtime.share(array) for array in arrays]
         self._staged_arrays, self._staged_sizes = arrays, sizes
 
-    def _empty_pages(self, page_shape: tuple[int, ...], dtype: str) -> Any:
-        """[pages, *page_shape] of zeros; on a CPU, memory is taken only as pages are written."""
-        shape = (self.pages, *page_shape)
+    def _zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A tensor of zeros; on a CPU, memory is taken only where it is written."""
         stored = _NUMPY_BITS.get(dtype, dtype)
         size = int(np.prod(shape)) * np.dtype(stored).itemsize
         zeros = np.frombuffer(mmap.mmap(-1, max(size, 1)), stored, int(np.prod(shape)))

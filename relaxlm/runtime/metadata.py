@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 # Counts changes of the contract between library and runtime; they must agree.
-CONTRACT = 1
+CONTRACT = 2
 
 
 class _Strict(BaseModel):
@@ -40,13 +40,26 @@ class TensorInfo(_Strict):
 
 
 class CacheInfo(_Strict):
-    """The KV cache; `tensors` in the order of the `kv` tuple, [pages, *shape] each."""
+    """The KV cache; `tensors` in the order of the `kv` tuple, [pages, *shape] each.
+
+    If no layer attends, there are none, and a page is no more than a number (`page_size` is large).
+    """
 
     dtype: str
     page_size: int
     num_layers: int
     tensors: list[TensorInfo]
     bytes_per_token: int
+
+
+class StateInfo(_Strict):
+    """What recurrent layers keep: [slots, *shape] each, in the order of the `states` tuple.
+
+    If no layer is recurrent, there are none, and `states` and its tables are no arguments.
+    """
+
+    tensors: list[TensorInfo]
+    bytes_per_sequence: int
 
 
 class MemoryPlan(_Strict):
@@ -68,5 +81,6 @@ class LibraryMetadata(_Strict):
     opt: str
     limits: Limits
     kv_cache: CacheInfo
+    state: StateInfo
     params: list[TensorInfo]
     memory: MemoryPlan

@@ -12,6 +12,9 @@ table, whole, at the start of the first step in which no query can see any of th
     j              for j < sink_pages * page_size, where sink_pages = ceil(sinks / page_size)
     j + dropped    otherwise
 
+Recurrent layers keep a state of each sequence beside the pages, or in their place. `StateSlots`
+says in which slot; a sequence can go back only to a state that has been kept.
+
 Only numbers are kept here. They are ahead of the tensors by one step: whoever calls `append` or
 `batch` must perform the copies from `take_copies` and then run the step.
 """
@@ -25,9 +28,14 @@ import numpy as np
 
 from relaxlm.errors import ContextOverflowError, RequestError
 from relaxlm.runtime.page_pool import PagePool
-from relaxlm.runtime.step_tables import BatchTables, Decoding, PagedSequence, step_tables
-
-_NO_PAGES = np.empty(0, np.int32)
+from relaxlm.runtime.state_slots import StateSlots
+from relaxlm.runtime.step_tables import (
+    NO_NUMBERS,
+    BatchTables,
+    Decoding,
+    PagedSequence,
+    step_tables,
+)
 
 
 class _Plan(NamedTuple):
@@ -52,6 +60,7 @@ class PagedSequences:
         window: tokens that a query sees, itself included; 0 for all of them.
         sinks: first tokens of a sequence that stay visible when the window has moved on.
         max_sequences: the most that may exist at a time; None for no limit.
+        states: the slots of recurrent layers; None if there are no such layers.
     """
 
     def __init__(
@@ -61,6 +70,7 @@ class PagedSequences:
         window: int = 0,
         sinks: int = 0,
         max_sequences: int | None = None,
+        states: StateSlots | None = None,
     ) -> None:
         if page_size < 1 or window < 0 or sinks < 0:
             raise ValueError(
@@ -77,6 +87,7 @@ class PagedSequences:
         self.sinks = sinks
         self.sink_pages = -(-sinks // page_size)
         self.max_sequences = max_sequences
+        self.states = states
         self._sequences: dict[int, PagedSequence] = {}
         self._next_id = 0
         # Target page -> source page. The copy holds the source in place of the sequence that let
@@ -114,17 +125,20 @@ class PagedSequences:
         return self._open(PagedSequence())
 
     def free(self, seq: int) -> None:
-        """End a sequence and let go of its pages."""
+        """End a sequence and let go of its pages, and of its states."""
         self._decoding = None
-        self._release(self._get(seq).pages)
+        sequence = self._get(seq)
+        self._release(sequence.pages)
+        if self.states is not None:
+            self.states.release(sequence.state)
         del self._sequences[seq]
 
     def fork(self, seq: int, length: int | None = None) -> int:
         """Start a sequence with the first `length` tokens of another (default: all); takes no page.
 
         Raises:
-            RequestError: `max_sequences` exist already, or tokens that are needed have left the
-                window (see `can_truncate`).
+            RequestError: `max_sequences` exist already, or what is needed is not there any more
+                (see `can_truncate`).
         """
         parent = self._get(seq)
         length = parent.length if length is None else length
@@ -132,6 +146,8 @@ class PagedSequences:
         shared = parent.pages[:count]
         new = self._open(PagedSequence(length, dropped, shared))
         self.pool.retain(shared)
+        if self.states is not None:
+            self._sequences[new].state = self.states.fork(parent.state, parent.length, length)
         return new
 
     def adopt(self, pages: Sequence[int], length: int) -> int:
@@ -146,7 +162,7 @@ class PagedSequences:
         Raises:
             RequestError: `max_sequences` exist already.
             ValueError: not the number of pages that `length` tokens take, a page that is twice or
-                free, or a length that does not fit the window (see `can_adopt`).
+                free, or pages that are not all that a sequence needs (see `can_adopt`).
         """
         if length < 0 or len(pages) != -(-length // self.page_size):
             raise ValueError(
@@ -155,6 +171,8 @@ class PagedSequences:
             )
         if len(set(pages)) != len(pages):
             raise ValueError(f"a page is twice in one sequence: {list(pages)}")
+        if length and self.states is not None:
+            raise ValueError(f"a sequence of {length} tokens needs a state beside its pages")
         if not self.can_adopt(length):
             raise ValueError(
                 f"a sequence of {length} tokens has dropped some of them: its window is "
@@ -169,28 +187,47 @@ class PagedSequences:
             raise
 
     def can_adopt(self, length: int) -> bool:
-        """Whether a sequence of this length still has all of its pages at its next step."""
+        """Whether a sequence of this length has all in its pages that its next step needs."""
+        if self.states is not None and length:
+            return False
         return not self.window or self._pages_to_drop(PagedSequence(length)) == 0
+
+    def keep_state(self, seq: int) -> None:
+        """Keep the state of now, so that `truncate` and `fork` can come back to this length.
+
+        Without recurrent layers they can anyway, and nothing happens.
+        """
+        if self.states is not None:
+            sequence = self._get(seq)
+            self.states.keep(sequence.state, sequence.length)
 
     def truncate(self, seq: int, length: int) -> None:
         """Forget all but the first `length` tokens.
 
         Raises:
-            RequestError: tokens that are needed have left the window (see `can_truncate`).
+            RequestError: what is needed is not there any more (see `can_truncate`).
         """
         sequence = self._get(seq)
         count, dropped = self._rolled_back(seq, sequence, length)
         self._decoding = None
+        if self.states is not None:
+            self.states.cut(sequence.state, sequence.length, length)
         self._release(sequence.pages[count:])
         del sequence.pages[count:]
         sequence.length, sequence.dropped = length, dropped
 
     def can_truncate(self, seq: int, length: int) -> bool:
-        """Whether the pages still hold every token that a query at position `length` sees.
+        """Whether the pages still hold every token that a query at position `length` sees, and
+        recurrent layers the state before it.
 
-        Always so without a sliding window, and before the window has dropped any page.
+        Always so without a sliding window and recurrent layers, and before the window has dropped
+        any page. Of states there are that of now, those that were kept, and that of no token.
         """
         sequence = self._get(seq)
+        if self.states is not None and not self.states.can_cut(
+            sequence.state, sequence.length, length
+        ):
+            return False
         kept = self.sink_pages * self.page_size
         return (
             sequence.dropped == 0
@@ -215,14 +252,18 @@ class PagedSequences:
         """Make room for the tokens of one step: for each (sequence, n), n more tokens.
 
         Raises:
-            ContextOverflowError: too few pages are free for all of them; nothing has changed.
+            ContextOverflowError: too few pages, or slots of states, are free for all of them;
+                nothing has changed.
             ValueError: no step at all, a sequence twice, or n < 1.
         """
-        if self._decoding is not None and self._decoding.fits(steps, self.pool):
+        if self._decoding is not None and self._decoding.fits(steps, self.pool, self.states):
             return self._decoding.repeat()
         plan = self._plan(steps)  # nothing changes before it is known that the pages suffice
         if plan.needed:
             self._require(plan, steps)
+        states = [sequence.state for sequence in plan.sequences]
+        if self.states is not None:
+            self.states.require(states)
 
         # Pages that leave the window go first: this step may need them.
         if plan.dropping:
@@ -242,8 +283,13 @@ class PagedSequences:
             sequence.length += n
         counts = [n for _, n in steps]
         tables = step_tables(plan.sequences, counts, self.page_size)
+        in_place = True
+        if self.states is not None:
+            sources, targets = self.states.step(states)
+            tables = tables._replace(state_sources=sources, state_targets=targets)
+            in_place = bool((sources == targets).all())
         self._decoding = None
-        if max(counts) == 1:
+        if in_place and max(counts) == 1:
             again = min(self._steps_until_change(sequence) for sequence in plan.sequences)
             self._decoding = Decoding(steps, plan.sequences, tables, again)
         return tables
@@ -256,7 +302,7 @@ class PagedSequences:
         Raises:
             ValueError: as `batch`.
         """
-        if self._decoding is not None and self._decoding.fits(steps, self.pool):
+        if self._decoding is not None and self._decoding.fits(steps, self.pool, self.states):
             return 0
         plan = self._plan(steps)
         return max(0, plan.needed - self._freed(plan.dropping)) if plan.needed else 0
@@ -271,7 +317,7 @@ class PagedSequences:
             targets: [k] int32 page numbers.
         """
         if not self._copies:
-            return _NO_PAGES, _NO_PAGES
+            return NO_NUMBERS, NO_NUMBERS
         targets = np.fromiter(self._copies.keys(), np.int32, len(self._copies))
         sources = np.fromiter(self._copies.values(), np.int32, len(self._copies))
         held = list(self._copies.values())
@@ -307,6 +353,8 @@ class PagedSequences:
         assert not self._copies.keys() & set(self._copies.values()), f"chained: {self._copies}"
         tables = {page for s in self._sequences.values() for page in s.pages}
         assert self._copies.keys() <= tables, f"copies into pages of no sequence: {self._copies}"
+        if self.states is not None:
+            self.states.check((s.length, s.state) for s in self._sequences.values())
         if self.max_sequences is not None:
             assert len(self._sequences) <= self.max_sequences
 
@@ -417,6 +465,13 @@ class PagedSequences:
             raise ValueError(f"sequence {seq} has {sequence.length} tokens: cannot keep {length}")
         kept = self.sink_pages * self.page_size
         if not self.can_truncate(seq, length):
+            if self.states is not None:
+                kept_lengths = [tokens for tokens, _ in sequence.state.kept]
+                raise RequestError(
+                    f"sequence {seq} cannot go back from {sequence.length} to {length} tokens: its "
+                    f"recurrent layers keep states after {kept_lengths} tokens. Prefill it again "
+                    "from the start"
+                )
             raise RequestError(
                 f"sequence {seq} cannot go back from {sequence.length} to {length} tokens: "
                 f"positions {kept} to {kept + sequence.dropped - 1} have left its window of "

@@ -8,13 +8,18 @@ from typing import NamedTuple
 import numpy as np
 
 from relaxlm.runtime.page_pool import PagePool
+from relaxlm.runtime.state_slots import SequenceState, StateSlots
+
+NO_NUMBERS = np.empty(0, np.int32)
 
 
 class BatchTables(NamedTuple):
     """What a step over b sequences and n tokens needs to know, in `forward`'s order; all int32.
 
     Sequence i has the tokens row_offsets[i] .. row_offsets[i + 1] - 1 of the step and, counting
-    them, kv_lengths[i] tokens in the pages page_ids[page_offsets[i] : page_offsets[i + 1]].
+    them, kv_lengths[i] tokens in the pages page_ids[page_offsets[i] : page_offsets[i + 1]]. What
+    recurrent layers keep of it is read from one slot of their tensors and written to one; without
+    such layers, the two last tables are empty.
 
     Good until the next step's tables are made, which may overwrite these.
     """
@@ -26,6 +31,8 @@ class BatchTables(NamedTuple):
     page_ids: np.ndarray  # [page_offsets[b]]
     kv_lengths: np.ndarray  # [b] cached tokens after the step
     dropped: np.ndarray  # [b] tokens that left the table between sinks and window
+    state_sources: np.ndarray = NO_NUMBERS  # [b]
+    state_targets: np.ndarray = NO_NUMBERS  # [b]
 
 
 @dataclass(slots=True)
@@ -35,6 +42,7 @@ class PagedSequence:
     length: int = 0  # tokens so far, the dropped ones included
     dropped: int = 0  # tokens, a multiple of page_size
     pages: array = field(default_factory=lambda: array("i"))
+    state: SequenceState = field(default_factory=SequenceState)  # of recurrent layers, if any
 
 
 def step_tables(sequences: list[PagedSequence], counts: list[int], size: int) -> BatchTables:
@@ -70,7 +78,8 @@ def step_tables(sequences: list[PagedSequence], counts: list[int], size: int) ->
 class Decoding:
     """A step that gave each of its sequences one token, kept to be repeated with the next one.
 
-    As long as nobody's page is full, three columns of its tables count up and the others stay. What
+    As long as nobody's page is full, three columns of its tables count up and the others stay: the
+    slots of recurrent states, too, as long as each is read and written at one place. What
     a step has to do is small, but finds nothing in the caches after the weights have been through
     them: so only plain integers are touched, and few.
     """
@@ -89,12 +98,16 @@ class Decoding:
         self.steps, self.sequences, self.tables, self.again = list(steps), sequences, tables, again
         self._columns = [c.data for c in (tables.positions, tables.slots, tables.kv_lengths)]
 
-    def fits(self, steps: Sequence[tuple[int, int]], pool: PagePool) -> bool:
-        """Whether such a step is this one again. Nobody else may read the pages it writes to."""
+    def fits(
+        self, steps: Sequence[tuple[int, int]], pool: PagePool, slots: StateSlots | None
+    ) -> bool:
+        """Whether such a step is this one again. Nobody else may read what it writes to."""
         if self.again < 1 or self.steps != steps:
             return False
         for sequence in self.sequences:
             if pool.holders(sequence.pages[-1]) > 1:
+                return False
+            if slots is not None and not slots.is_alone(sequence.state):
                 return False
         return True
 

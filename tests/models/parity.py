@@ -16,8 +16,10 @@ from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sequence_table import PagedSequences
+from relaxlm.runtime.state_slots import StateSlots
 
 VOCAB = 131
+SLOTS = 16
 
 
 def tiny_config(model_type: str, **change) -> dict:
@@ -112,20 +114,28 @@ class Compiled:
         device: DeviceTarget | None = None,
     ) -> None:
         config, device = models.load_config(raw), device or resolve_device("cpu")
+        recurrent = any(map(config.layer_states, range(config.num_hidden_layers)))
+        if recurrent and "max_batch_size" not in overrides:
+            # A step cannot be repeated for further rows of logits: see `run`.
+            overrides = ";".join(filter(None, (overrides, "max_batch_size=256")))
         options = CompileOptions.resolve(config, get_scheme(scheme), None, overrides, opt)
         built = compile_model(config, raw, get_scheme(scheme), device, options)
         library = Library(built.executable, built.metadata, Path("memory"))
         self.limits = built.metadata.limits
-        self.executor = Executor.from_arrays(library, params, pages=64)
+        self.executor = Executor.from_arrays(library, params, 64, SLOTS if recurrent else 0)
         self.sequences = PagedSequences(
-            PagePool(64), 16, self.limits.sliding_window_size, self.limits.attention_sink_size
+            PagePool(64),
+            built.metadata.kv_cache.page_size,
+            self.limits.sliding_window_size,
+            self.limits.attention_sink_size,
+            states=StateSlots(PagePool(SLOTS)) if recurrent else None,
         )
 
     def run(self, prompts: list[np.ndarray], chunks: list[int]) -> list[np.ndarray]:
         """Feed sequences together, `chunks` tokens of each per step; returns every row's logits.
 
-        Logits come `max_batch_size` rows at a time, so a step is repeated for further rows: the
-        cache is rolled back in between.
+        Logits come `max_batch_size` rows at a time, so a step is repeated for further rows, unless
+        that would change a recurrent layer's state once more.
         """
         ids = [self.sequences.add() for _ in prompts]
         rows: list[list[np.ndarray]] = [[] for _ in prompts]
@@ -139,6 +149,7 @@ class Compiled:
             flat = np.concatenate(pieces).astype(np.int32)
             wanted = np.arange(len(flat), dtype=np.int32)
             step = self.limits.max_batch_size
+            assert self.sequences.states is None or len(flat) <= step, "too long for one step"
             logits = np.concatenate(
                 [
                     # Appending the same keys twice to the same slots changes nothing.

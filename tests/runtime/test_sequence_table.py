@@ -24,6 +24,8 @@ def test_a_step_of_a_prefill_and_two_decodes() -> None:
         "page_ids": [0, 2, 3, 1, 4],
         "kv_lengths": [4, 6, 5],
         "dropped": [0, 0, 0],
+        "state_sources": [],
+        "state_targets": [],
     }
 
 

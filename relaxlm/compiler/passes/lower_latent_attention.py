@@ -24,7 +24,9 @@ from relaxlm.compiler.kernels.cpu_latent_attention import (
     head_matmul_kernel,
     page_tensors,
 )
-from relaxlm.compiler.passes.lower_paged_attention import PagedSignature, add_copy_pages
+from relaxlm.compiler.passes.lower_paged_attention import add_copy_pages
+from relaxlm.compiler.passes.lower_state import lower_state_operator
+from relaxlm.compiler.passes.signature import PagedSignature
 from relaxlm.compiler.passes.weights import stored_weight
 from relaxlm.errors import UnsupportedError
 from relaxlm.models.base import LATENT_ATTENTION
@@ -65,8 +67,8 @@ class LowerLatentAttention:
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         assert self.config.latent_cache is not None
         tensors = page_tensors(*self.config.latent_cache, self.format)
-        signature = PagedSignature(tensors * self.config.num_hidden_layers)
-        rewriter = _Rewriter(mod, self.format, signature)
+        signature = PagedSignature(self.config, tensors)
+        rewriter = _Rewriter(mod, self, signature)
         for name, function in mod.functions_items():
             if isinstance(function, relax.Function):
                 if any(param.name == "cache" for param in function.params):
@@ -77,9 +79,12 @@ class LowerLatentAttention:
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, format: KVFormat, signature: PagedSignature) -> None:
+    def __init__(
+        self, mod: tvm.IRModule, lowering: LowerLatentAttention, signature: PagedSignature
+    ) -> None:
         super().__init__(mod)
-        self.mod, self.format, self.signature = mod, format, signature
+        self.mod, self.signature = mod, signature
+        self.format, self.kind = lowering.format, lowering.kind
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -90,6 +95,7 @@ class _Rewriter(PyExprMutator):
                 return self._attention(call)
             if call.args[0].global_symbol == HEAD_MATMUL:
                 return self._head_matmul(call)
+            return lower_state_operator(call, self.builder_, self.signature, self.kind) or call
         return call
 
     def _attention(self, call: relax.Call) -> relax.Expr:
@@ -97,7 +103,7 @@ class _Rewriter(PyExprMutator):
         heads, size = (int(extent) for extent in list(q_latent.ty.shape)[1:])
         shape = LatentShape(heads, size, int(q_rope.ty.shape[2]), scale.value)
         dtype, given = str(q_latent.ty.dtype), self.signature
-        pages = self.builder_.emit(relax.TupleGetItem(given.kv, int(layer.value)))
+        pages = self.builder_.emit(relax.TupleGetItem(given.kv, given.page_index[int(layer.value)]))
         # The append does not depend on the scale: one kernel for all layers.
         cache = LatentShape(heads, size, shape.rope, 0.0)
         append = self.builder_.add_func(

@@ -6,12 +6,15 @@
             (cache, q, k, v, layer, window, sinks, scale, cap[, sink_logits]))
     ->
     forward(ids, positions, slots, row_offsets, page_offsets, page_ids, kv_lengths, dropped,
-            rows, kv: Tuple[pages, ...], *params):
+            [state_sources, state_targets,] rows, kv: Tuple[pages, ...], [states,] *params):
         pages' = call_tir_inplace(append, (k, v, slots, pages))
         out = call_tir(attend, (q, positions, ..., pages'[, sink_logits]))
 
 and add `copy_pages(kv, sources, targets)` for copy-on-write. The models' IR is the same for every
 format; only this pass and its kernels know what a page looks like. Runs before LegalizeOps.
+
+Layers that don't attend have no pages in `kv`. The arguments in brackets are there if some layer
+keeps a state of its own; `lower_state.py` turns the operators that work on states into kernels.
 """
 
 from collections.abc import Callable
@@ -22,19 +25,11 @@ from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor, copy_kernel
+from relaxlm.compiler.passes.lower_state import lower_state_operator
+from relaxlm.compiler.passes.signature import PagedSignature
 from relaxlm.models.base import PAGED_ATTENTION
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.kv_cache import KVFormat
-
-# What the runtime says of a step, in this order (docs/architecture.md): name -> its length.
-TABLES = {
-    "slots": "n",
-    "row_offsets": "b + 1",
-    "page_offsets": "b + 1",
-    "page_ids": "p",
-    "kv_lengths": "b",
-    "dropped": "b",
-}
 
 
 @dataclass(frozen=True)
@@ -54,54 +49,6 @@ def cache_shape(config: DecoderConfig) -> AttentionShape:
     )
 
 
-class PagedSignature:
-    """The parameters of an entry point in place of its abstract cache, here and for other caches.
-
-    Args:
-        tensors: the cache's, of all layers, in order.
-
-    Attributes:
-        positions, tables, kv: parameters of the function that is being rewritten.
-    """
-
-    positions: relax.Var
-    tables: dict[str, relax.Var]
-    kv: relax.Var
-
-    def __init__(self, tensors: tuple[PageTensor, ...]) -> None:
-        self.tensors = tensors
-
-    def page_type(self) -> relax.TupleType:
-        """All tensors in one tuple."""
-        pages = tirx.Var("pages", "int64")
-        return relax.TupleType(
-            [relax.TensorType((pages, *tensor.page_shape), tensor.dtype) for tensor in self.tensors]
-        )
-
-    def rewrite(self, function: relax.Function, rewriter: PyExprMutator) -> relax.Function:
-        """The function with these parameters; its body is what `rewriter` makes of it."""
-        inputs = int(function.attrs["num_input"])
-        self.positions = next(param for param in function.params if param.name == "positions")
-        n = self.positions.ty.shape[0]
-        batch, table = tirx.Var("b", "int64"), tirx.Var("p", "int64")
-        extents = {"n": n, "b": batch, "b + 1": batch + 1, "p": table}
-        self.tables = {
-            name: relax.Var(name, relax.TensorType((extents[length],), "int32"))
-            for name, length in TABLES.items()
-        }
-        self.kv = relax.Var("kv", self.page_type())
-        leading = []
-        for param in function.params[:inputs]:
-            leading += list(self.tables.values()) if param.name == "cache" else [param]
-        params = [*leading, self.kv, *function.params[inputs:]]
-        # The builder has to know the new symbolic lengths while it emits.
-        rewriter.builder_.begin_scope(params)
-        body = rewriter.visit_expr(function.body)
-        rewriter.builder_.end_scope()
-        rewritten = relax.Function(params, body, function.ret_ty, attrs=function.attrs)
-        return rewritten.with_attr("num_input", len(leading) + 1)
-
-
 @tvm.transform.module_pass(opt_level=0, name="LowerPagedAttention")
 class LowerPagedAttention:
     def __init__(self, config: DecoderConfig, format: KVFormat, kernels: AttentionKernels) -> None:
@@ -109,7 +56,7 @@ class LowerPagedAttention:
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         layer = self.kernels.page_tensors(cache_shape(self.config), self.format)
-        signature = PagedSignature(layer * self.config.num_hidden_layers)
+        signature = PagedSignature(self.config, layer)
         rewriter = _Rewriter(mod, self, signature)
         for name, function in mod.functions_items():
             if isinstance(function, relax.Function):
@@ -129,12 +76,14 @@ class _Rewriter(PyExprMutator):
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
-        is_attention = (
-            call.op == tvm.ir.Op.get("relax.call_dps_packed")
-            and isinstance(call.args[0], relax.ExternFunc)
-            and call.args[0].global_symbol == PAGED_ATTENTION
-        )
-        return self._attention(call) if is_attention else call
+        if call.op == tvm.ir.Op.get("relax.call_dps_packed") and isinstance(
+            call.args[0], relax.ExternFunc
+        ):
+            if call.args[0].global_symbol == PAGED_ATTENTION:
+                return self._attention(call)
+            kind = self.lowering.kernels.kind
+            return lower_state_operator(call, self.builder_, self.signature, kind) or call
+        return call
 
     def _attention(self, call: relax.Call) -> relax.Expr:
         _, q, k, v, layer, window, sinks, scale, cap, *sink_logits = call.args[1]
@@ -153,8 +102,9 @@ class _Rewriter(PyExprMutator):
         # The append depends on the heads alone: one kernel for all layers.
         cache = AttentionShape(shape.q_heads, shape.kv_heads, shape.head_dim, 0, 0, 0.0)
         count = len(kernels.page_tensors(cache, format))
+        first = self.signature.page_index[layer]
         pages = [
-            self.builder_.emit(relax.TupleGetItem(self.signature.kv, layer * count + i))
+            self.builder_.emit(relax.TupleGetItem(self.signature.kv, first + i))
             for i in range(count)
         ]
         append = self.builder_.add_func(kernels.append(cache, format, dtype), "append_to_pages")
