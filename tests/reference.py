@@ -55,3 +55,46 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """||actual - expected|| / ||expected||."""
     actual, expected = actual.astype(np.float64), expected.astype(np.float64)
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def linear_scan(
+    state: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    decay: np.ndarray,
+    removal: tuple[np.ndarray, np.ndarray] | None = None,
+    bonus: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`linear_scan` of models/state.py for one sequence, which comes with state [heads, K, V].
+
+    Returns:
+        The rows [n, heads, V] and the state behind them, float64.
+    """
+    state, heads = state.astype(np.float64), v.shape[1]
+    q, k = (np.repeat(x, heads // q.shape[1], axis=1).astype(np.float64) for x in (q, k))
+    v, out = v.astype(np.float64), np.empty(v.shape, np.float64)
+    for t in range(len(v)):
+        before = state
+        kept = decay[t].astype(np.float64).reshape(heads, -1, 1)
+        state = kept * before + k[t][:, :, None] * v[t][:, None, :]
+        if removal is not None:
+            a, b = (x[t].astype(np.float64) for x in removal)
+            state = state + b[:, :, None] * np.einsum("hk,hkv->hv", a, before)[:, None, :]
+        if bonus is None:
+            out[t] = np.einsum("hk,hkv->hv", q[t], state)
+        else:
+            own = (q[t] * bonus.astype(np.float64) * k[t]).sum(-1, keepdims=True)
+            out[t] = np.einsum("hk,hkv->hv", q[t], before) + own * v[t]
+    return out, state
+
+
+def causal_conv(
+    state: np.ndarray, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, silu: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """`causal_conv` for one sequence, whose earlier inputs are state [taps - 1, channels]."""
+    past = np.concatenate([state, x]).astype(np.float64)
+    taps = weight.shape[1]
+    y = sum(past[j : j + len(x)] * weight[:, j].astype(np.float64) for j in range(taps))
+    y = y if bias is None else y + bias.astype(np.float64)
+    return y / (1 + np.exp(-y)) if silu else y, past[len(x) :]

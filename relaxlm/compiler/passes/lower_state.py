@@ -1,10 +1,37 @@
-"""Turn the operators of recurrent layers (`models/state.py`) into kernels for one target."""
+"""Turn the operators of recurrent layers (`models/state.py`) into kernels for one target.
 
-from tvm import relax
+    out = call_dps_packed("relaxlm.causal_conv", (cache, x, weight, layer, silu, bias))
+    ->
+    out, state' = call_tir_inplace(
+        causal_conv, (x, weight, bias, row_offsets, positions, sources, targets, states[i]))
 
+The lowerings of attention call this: they make the parameters it reads. Each operator is the only
+one that touches its state, so that the order of operators does not matter.
+"""
+
+from collections.abc import Callable, Sequence
+
+import tvm
+from tvm import relax, tirx
+
+from relaxlm.compiler.kernels.cpu_conv import conv_kernel, previous_row_kernel
+from relaxlm.compiler.kernels.cpu_scan import scan_kernel
+from relaxlm.compiler.kernels.state import ConvShape, ScanShape
+from relaxlm.compiler.kernels.vector import vector_unit
 from relaxlm.compiler.passes.signature import PagedSignature
 from relaxlm.errors import UnsupportedError
-from relaxlm.models.state import CAUSAL_CONV, LINEAR_SCAN, PREVIOUS_ROW
+from relaxlm.models.config import StateTensor
+from relaxlm.models.state import (
+    CAUSAL_CONV,
+    LINEAR_SCAN,
+    PREVIOUS_ROW,
+    conv_state,
+    row_state,
+    scan_state,
+)
+
+# Name of a kernel, the kernel, tensors it reads, layer, and what the operator keeps.
+Lowered = tuple[str, tirx.PrimFunc, Sequence[relax.Expr], int, StateTensor]
 
 
 def lower_state_operator(
@@ -19,7 +46,72 @@ def lower_state_operator(
     Raises:
         UnsupportedError: there is no kernel for this operator on this target.
     """
-    name = str(call.args[0].global_symbol)
-    if name not in (LINEAR_SCAN, CAUSAL_CONV, PREVIOUS_ROW):
+    operators: dict[str, Callable[..., Lowered]] = {
+        LINEAR_SCAN: _scan,
+        CAUSAL_CONV: _conv,
+        PREVIOUS_ROW: _previous_row,
+    }
+    operator = str(call.args[0].global_symbol)
+    if operator not in operators:
         return None
-    raise UnsupportedError(f"{name} is not supported on {kind}: there is no kernel for it")
+    if kind != "cpu":
+        raise UnsupportedError(
+            f"{operator} is not supported on {kind}. Compile for the CPU: --device cpu"
+        )
+    name, kernel, inputs, layer, state = operators[operator](*call.args[1].fields[1:])
+    place = signature.state_index[layer, state.name]
+    slots = builder.emit(relax.TupleGetItem(signature.states, place))
+    shape = tuple(int(extent) for extent in list(slots.ty.shape)[1:])
+    assert (shape, str(slots.ty.dtype)) == (state.shape, state.dtype), (
+        f"layer {layer}: the configuration says of {state.name} {shape} {slots.ty.dtype}, "
+        f"the model {state}"
+    )
+    tables = [signature.tables[name] for name in ("state_sources", "state_targets")]
+    arguments = [*inputs, signature.tables["row_offsets"], signature.positions, *tables, slots]
+    both = relax.call_tir_inplace(
+        builder.add_func(kernel, name), arguments, [-1, len(arguments) - 1], [call.ty, slots.ty]
+    )
+    return relax.TupleGetItem(builder.emit(both), 0)
+
+
+def _scan(q, k, v, decay, layer, removal, bonus, *optional) -> Lowered:
+    groups, key_dim = (int(extent) for extent in list(q.ty.shape)[1:])
+    heads, value_dim = (int(extent) for extent in list(v.ty.shape)[1:])
+    shape = ScanShape(
+        heads,
+        groups,
+        key_dim,
+        value_dim,
+        decay_per_key=len(decay.ty.shape) == 3,
+        removal=bool(removal.value),
+        bonus=bool(bonus.value),
+        dtype=str(v.ty.dtype),
+    )
+    assert heads % groups == 0, f"{heads} heads cannot share {groups} groups of q and k"
+    assert str(q.ty.dtype) == str(k.ty.dtype) == shape.dtype
+    assert all(str(x.ty.dtype) == "float32" for x in (decay, *optional))
+    kernel = scan_kernel(shape, vector_unit(tvm.target.Target.current()))
+    state = scan_state(heads, key_dim, value_dim)
+    return "linear_scan", kernel, [q, k, v, decay, *optional], int(layer.value), state
+
+
+def _conv(x, weight, layer, silu, *bias) -> Lowered:
+    channels, taps = (int(extent) for extent in weight.ty.shape)
+    assert taps > 1, "a convolution of one tap is a product"
+    shape = ConvShape(
+        channels,
+        taps,
+        bool(silu.value),
+        weight=str(weight.ty.dtype),
+        bias=str(bias[0].ty.dtype) if bias else None,
+        dtype=str(x.ty.dtype),
+    )
+    state = conv_state(channels, taps)
+    return "causal_conv", conv_kernel(shape), [x, weight, *bias], int(layer.value), state
+
+
+def _previous_row(x, layer, name) -> Lowered:
+    size = int(x.ty.shape[1])
+    state = row_state(str(name.value), size)
+    kernel = previous_row_kernel(size, str(x.ty.dtype), state.dtype)
+    return "previous_row", kernel, [x], int(layer.value), state
