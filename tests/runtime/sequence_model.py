@@ -186,7 +186,9 @@ def random_traffic(model: Model, rng: random.Random, steps: int) -> set[str]:
                 assert table._decoding is not None
                 request = list(table._decoding.steps)
             # Without what is kept of the last step, tables are made anew.
-            again = table._decoding is not None and table._decoding.fits(request, table.pool)
+            again = table._decoding is not None and table._decoding.fits(
+                request, table.pool, table.states
+            )
             roomy = copy.deepcopy(table, {id(table._decoding): None})
             roomy.pool._free[:0] = range(table.pool.total, table.pool.total + 1000)
             roomy.pool._holders += [0] * 1000
