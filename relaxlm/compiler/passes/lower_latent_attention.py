@@ -95,7 +95,8 @@ class _Rewriter(PyExprMutator):
                 return self._attention(call)
             if call.args[0].global_symbol == HEAD_MATMUL:
                 return self._head_matmul(call)
-            return lower_state_operator(call, self.builder_, self.signature, self.kind) or call
+            lowered = lower_state_operator(call, self.builder_, self.signature, self.kind)
+            return call if lowered is None else lowered
         return call
 
     def _attention(self, call: relax.Call) -> relax.Expr:

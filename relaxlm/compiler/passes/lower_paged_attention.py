@@ -82,7 +82,8 @@ class _Rewriter(PyExprMutator):
             if call.args[0].global_symbol == PAGED_ATTENTION:
                 return self._attention(call)
             kind = self.lowering.kernels.kind
-            return lower_state_operator(call, self.builder_, self.signature, kind) or call
+            lowered = lower_state_operator(call, self.builder_, self.signature, kind)
+            return call if lowered is None else lowered
         return call
 
     def _attention(self, call: relax.Call) -> relax.Expr:
