@@ -1,5 +1,7 @@
 """Rows are chosen as early as nothing changes but the work; tests/models show that logits stay."""
 
+import pytest
+from tvm import relax, te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op, spec
 from tvm_ffi import structural_equal
@@ -52,11 +54,14 @@ def test_what_mixes_rows_or_is_read_elsewhere_is_computed_before() -> None:
         assert written_out(module[name]) == written_out(before[name])
 
 
+def exported(raw: dict):
+    model = models.create(models.load_config(raw))
+    return model.export_tvm(spec=model.export_spec())[0]
+
+
 def test_the_last_layer_of_a_model_sees_the_chosen_rows_only() -> None:
     for model_type in ("llama", "qwen3"):
-        config = models.load_config(tiny_config(model_type, num_hidden_layers=2))
-        model = models.create(config)
-        before, _ = model.export_tvm(spec=model.export_spec())
+        before = exported(tiny_config(model_type, num_hidden_layers=2))
         after = TakeRowsEarly()(before)
         assert structural_equal(after["hidden_states"], before["hidden_states"])
         rows = [
@@ -68,3 +73,72 @@ def test_the_last_layer_of_a_model_sees_the_chosen_rows_only() -> None:
         assert rows == ["n"] * 5 + ["m"] * 4
         # One pass is enough.
         assert written_out(TakeRowsEarly()(after)["forward"]) == written_out(after["forward"])
+
+
+# One of every kind of block: norms of layers, plain MLPs, side by side, norms behind, scales.
+KINDS = {
+    "gpt2": {"n_inner": 112, "num_key_value_heads": 4},
+    "gpt_neox": {"num_key_value_heads": 4, "use_parallel_residual": False},
+    "phi": {"layer_norm_eps": 1e-5, "num_key_value_heads": 4},
+    "starcoder2": {"norm_epsilon": 1e-5},
+    "nemotron": {"norm_eps": 1e-5, "hidden_act": "relu2"},
+    "gemma2": {"hidden_act": "gelu_pytorch_tanh"},
+    "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 2},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "olmo2": {},
+    "granite": {"residual_multiplier": 0.2},
+    "cohere": {"layer_norm_eps": 1e-5},
+}
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_after_the_last_attention_nothing_is_computed_for_all_rows(model_type: str) -> None:
+    after = TakeRowsEarly()(exported(tiny_config(model_type, **KINDS[model_type])))
+    values = list(bindings(after["forward"]).values())
+    operators = [getattr(getattr(value, "op", None), "name", "") for value in values]
+    attention = max(i for i, name in enumerate(operators) if name == "relax.call_dps_packed")
+    names = [name for name in operators[attention + 1 :] if name]
+    alone = [
+        name
+        for name, value in zip(operators[attention + 1 :], values[attention + 1 :], strict=True)
+        if name and isinstance(value.ty, relax.TensorType) and str(value.ty.shape[0]) == "n"
+    ]
+    assert "relax.matmul" in names
+    assert alone == ["relax.reshape"]  # the heads side by side, which costs nothing
+
+
+def loop_nest(*, mixes: str = ""):
+    """y[i] from x[i], or from rows that depend on more than i."""
+
+    def compute(x: te.Tensor) -> te.Tensor:
+        n, size = x.shape
+        if mixes == "reversed":
+            return te.compute((n, size), lambda i, j: x[n - 1 - i, j])
+        if mixes == "sum":
+            k = te.reduce_axis((0, n), "k")
+            total = te.compute((size,), lambda j: te.sum(x[k, j], axis=k))
+            return te.compute((n, size), lambda i, j: x[i, j] / total[j])
+        if mixes == "neighbour":
+            return te.compute((n, size), lambda i, j: x[i, j] + x[tirx.max(i - 1, 0), j])
+        if mixes == "folded":
+            doubled = te.compute((2 * n, size), lambda i, j: x[i // 2, j])
+            return te.compute((n, size), lambda i, j: doubled[2 * i, j] + doubled[2 * i + 1, j])
+        if mixes == "transposed":
+            return te.compute((n, n), lambda i, j: x[j, 0] + x[i, 0])
+        return te.compute((n, size), lambda i, j: x[i, j] * x[i, 0])
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+            return take_rows(op.tensor_expr_op(compute, "nest", [x]), rows)
+
+    method = {"x": spec.Tensor(["n", 8], "float32"), "rows": spec.Tensor(["m"], "int32")}
+    method |= {"$": {"param_mode": "plain", "effect_mode": "none"}}
+    return Model().export_tvm(spec={"forward": method})[0]
+
+
+def test_loop_nests_that_keep_rows_apart_are_told_from_those_that_mix_them() -> None:
+    module = TakeRowsEarly()(loop_nest())
+    assert written_out(module["forward"]) == "@nest(@take_rows(x, rows))"
+    for mixes in ("reversed", "sum", "neighbour", "transposed", "folded"):
+        module = TakeRowsEarly()(loop_nest(mixes=mixes))
+        assert written_out(module["forward"]) == "@take_rows(@nest(x), rows)", mixes

@@ -6,18 +6,23 @@
 Operators that treat every row of [n, ...] by itself give the same rows whether rows are chosen
 before or after them. After the last attention nothing else is left, so a prompt of n tokens pays
 for the last layer's output projection and feed-forward network once, not n times. Runs first,
-while the IR still has one operator per operation, for every target.
+while the IR still has one operator per operation, for every target. A family's own operators, such
+as layer norms, are loop nests already: whether they keep rows apart is read from their indices.
 """
 
+from collections.abc import Sequence
+
 import tvm
-from tvm import relax, te
+from tvm import relax, s_tir, te, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm_ffi import structural_equal
+from tvm_ffi.structural import structural_walk
 
 from relaxlm.compiler.passes.rewrite import rewrite_functions, variables
 
 # Operators that keep rows apart, whatever their attributes.
-_ELEMENTWISE = ("add", "subtract", "multiply", "divide", "astype", "tanh")
+_ELEMENTWISE = ("add", "subtract", "multiply", "divide", "astype", "tanh", "square")
+_ONE = tirx.const(1, "int64")
 _ACTIVATIONS = ("nn.silu", "nn.gelu", "nn.gelu_tanh", "nn.relu", "sigmoid")
 
 
@@ -38,14 +43,47 @@ def _takes_rows(value: relax.Expr) -> bool:
     return _is(value, "call_tir") and value.args[0].name_hint == "take_rows"
 
 
-def _keeps_rows_apart(value: relax.Expr) -> bool:
+def _keeps_rows_apart(value: relax.Expr, mod: tvm.IRModule) -> bool:
     if isinstance(value, relax.TupleGetItem) or _is(value, *_ELEMENTWISE, *_ACTIVATIONS):
         return True
+    if _is(value, "call_tir"):
+        return not _takes_rows(value) and _rows_stay_apart(mod[value.args[0]])
     if _is(value, "split"):
         return int(value.attrs.axis) in (-1, len(value.args[0].ty.shape) - 1)
     if _is(value, "nn.rms_norm"):
         return all(int(axis) in (-1, 1) for axis in value.attrs.axes)
     return _is(value, "matmul") and len(value.args[1].ty.shape) == 2
+
+
+def _rows_stay_apart(function: tirx.PrimFunc) -> bool:
+    """Whether row i of what a loop nest writes comes from rows i of what it reads, and no others.
+
+    Tensors with rows are those whose first extent is the one symbolic length; no other extent may
+    depend on it. Each block has to use one and the same of its variables as first index of all.
+    """
+    shapes = [parameter.ty.shape for parameter in function.params]
+    lengths = {shape[0] for shape in shapes if shape and isinstance(shape[0], tirx.Var)}
+    found: list[s_tir.SBlock] = []
+    structural_walk(function.body, (s_tir.SBlock, found.append))
+    blocks = [block for block in found if block.iter_vars]
+    return len(lengths) == 1 and bool(blocks) and all(_one_row(b, *lengths) for b in blocks)
+
+
+def _one_row(block: s_tir.SBlock, n: tirx.Var) -> bool:
+    rows = []
+    for region in (*block.reads, *block.writes):
+        first, *others = region.source.ty.shape
+        if not all(isinstance(extent, tirx.IntImm) for extent in others):
+            return False
+        if structural_equal(first, n):
+            rows.append(region.region[0])
+        elif not isinstance(first, tirx.IntImm):
+            return False
+    spatial = [one.var for one in block.iter_vars if one.iter_type == one.DataPar]
+    return any(
+        all(row.min.same_as(var) and structural_equal(row.extent, _ONE) for row in rows)
+        for var in spatial
+    )
 
 
 def _take_rows(x: te.Tensor, rows: te.Tensor) -> te.Tensor:
@@ -75,7 +113,7 @@ class _Rewriter(PyExprMutator):
         for binding in reversed(bindings):
             if (
                 isinstance(binding.var, relax.DataflowVar)
-                and _keeps_rows_apart(binding.value)
+                and _keeps_rows_apart(binding.value, self.builder_.get())
                 and binding.var in users
                 and all(user == takes[0].var or user in self.early for user in users[binding.var])
             ):
@@ -100,8 +138,16 @@ class _Rewriter(PyExprMutator):
         value = self.early[var]
         if isinstance(value, relax.TupleGetItem):
             return relax.TupleGetItem(self.take(value.tuple_value), value.index)
-        arguments = [self.take(a) if self.has_rows(a) else self.visit_expr(a) for a in value.args]
-        return relax.Call(value.op, arguments, value.attrs)
+        if _is(value, "call_tir"):
+            arguments = self.arguments(value.args[1].fields)
+            ty = value.ty_args[0]
+            shape = [self.visit_expr(self.rows).ty.shape[0], *list(ty.shape)[1:]]
+            return relax.call_tir(value.args[0], arguments, relax.TensorType(shape, ty.dtype))
+        return relax.Call(value.op, self.arguments(value.args), value.attrs)
+
+    def arguments(self, arguments: Sequence[relax.Expr]) -> list[relax.Expr]:
+        """Arguments of an operator that now gets the chosen rows only."""
+        return [self.take(a) if self.has_rows(a) else self.visit_expr(a) for a in arguments]
 
     def has_rows(self, expr: relax.Expr) -> bool:
         """Whether the first axis is that of the tokens: it has their symbolic length."""
@@ -110,4 +156,4 @@ class _Rewriter(PyExprMutator):
         if isinstance(expr.ty, relax.TupleType):
             return True
         shape = expr.ty.shape
-        return len(shape) > 1 and structural_equal(shape[0], self.n)
+        return len(shape) > 0 and structural_equal(shape[0], self.n)
