@@ -47,5 +47,34 @@ class RememberingExecutor:
             i = int(np.searchsorted(tables.row_offsets, row, side="right")) - 1
             held = tables.page_ids[tables.page_offsets[i] : tables.page_offsets[i + 1]]
             seen = self.pages[held].reshape(-1)[: tables.positions[row] + 1]
-            logits.append(logits_after(seen))
+            logits.append(logits_after(self.remembered(i, row, seen)))
         return np.stack(logits)
+
+    def remembered(self, i: int, row: int, seen: np.ndarray) -> Sequence[int]:
+        """All tokens before and at a row of sequence i, given those in its pages."""
+        return seen
+
+
+class RecurrentExecutor(RememberingExecutor):
+    """Remembers them in slots of a recurrent layer as well: a wrong slot is a wrong token."""
+
+    def __init__(self, pages: int, slots: int) -> None:
+        super().__init__(pages)
+        self.slots: list[list[int]] = [[-1]] * slots
+
+    def forward(self, tables: BatchTables, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        offsets, targets = tables.row_offsets.tolist(), tables.state_targets.tolist()
+        self.offsets, self.states = offsets, []
+        for i, source in enumerate(tables.state_sources.tolist()):
+            # Sequences of a step run at the same time.
+            assert source not in targets[:i] + targets[i + 1 :]
+            before = self.slots[source] if tables.positions[offsets[i]] else []
+            self.states.append([*before, *ids[offsets[i] : offsets[i + 1]].tolist()])
+        for target, state in zip(targets, self.states, strict=True):
+            self.slots[target] = state
+        return super().forward(tables, ids, rows)
+
+    def remembered(self, i: int, row: int, seen: np.ndarray) -> Sequence[int]:
+        state = self.states[i]
+        tokens = state[: len(state) - (self.offsets[i + 1] - 1 - row)]
+        return tokens if tokens == seen.tolist() else [*tokens, *seen]

@@ -25,21 +25,29 @@ def compile_progress(what: str) -> Iterator[Callable[[str, float], None]]:
 
 
 def memory_lines(info: LibraryMetadata, context: int | None = None) -> list[str]:
-    """Parameters, KV cache and temporary buffers, one line each and their sum.
+    """Parameters, KV cache, states and temporary buffers, one line each, and their sum.
 
     Args:
         context: tokens, where less than the library's context is used.
     """
     limits, cache = info.limits, info.kv_cache
     tokens = limits.sliding_window_size or context or limits.context_window_size
-    kv_cache = tokens * cache.bytes_per_token
+    kv_cache, state = tokens * cache.bytes_per_token, info.state.bytes_per_sequence
     temporary = info.memory.temporary["forward"]
-    total = info.memory.params + kv_cache + temporary
+    total = info.memory.params + kv_cache + state + temporary
     window = "sliding window" if limits.sliding_window_size else "context"
+    lines = [f"  parameters        {format_bytes(info.memory.params):>9}  {info.quantization}"]
+    if cache.tensors:
+        lines.append(
+            f"  KV cache          {format_bytes(kv_cache):>9}  {cache.dtype}, "
+            f"{format_bytes(cache.bytes_per_token)} per token, {tokens} tokens of {window}"
+        )
+    if state:
+        lines.append(
+            f"  recurrent states  {format_bytes(state):>9}  of one sequence, however long it is"
+        )
     return [
-        f"  parameters        {format_bytes(info.memory.params):>9}  {info.quantization}",
-        f"  KV cache          {format_bytes(kv_cache):>9}  {cache.dtype}, "
-        f"{format_bytes(cache.bytes_per_token)} per token, {tokens} tokens of {window}",
+        *lines,
         f"  temporary buffers {format_bytes(temporary):>9}  "
         f"steps of up to {limits.prefill_chunk_size} tokens",
         f"  total             {format_bytes(total):>9}",

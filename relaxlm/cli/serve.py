@@ -302,19 +302,35 @@ def _memory_lines(engine: "EngineLoop") -> list[str]:
     from relaxlm.files import format_bytes
 
     info, plan = engine.model.library.metadata, engine.plan
-    tokens = plan.pages * info.kv_cache.page_size
-    kv_cache = tokens * info.kv_cache.bytes_per_token
+    memory = plan.cache.nbytes(info)
+    tokens = plan.cache.pages * info.kv_cache.page_size
     temporary = info.memory.temporary["forward"]
-    return [
+    most = f"up to {plan.limits.sequences} at a time, {plan.context} tokens each"
+    lines = [
         f"{engine.model.folder}: {info.model_type}, {info.quantization}, {info.target.kind}",
         "memory:",
         f"  parameters        {format_bytes(info.memory.params):>9}  {info.quantization}",
-        f"  KV cache          {format_bytes(kv_cache):>9}  {info.kv_cache.dtype}, {tokens} tokens "
-        f"of all requests; up to {plan.limits.sequences} at a time, {plan.context} tokens each",
+    ]
+    if info.kv_cache.tensors:
+        lines.append(
+            f"  KV cache          {format_bytes(memory.kv_cache):>9}  {info.kv_cache.dtype}, "
+            f"{tokens} tokens of all requests; {most}"
+        )
+    if info.state.tensors:
+        lines.append(
+            f"  recurrent states  {format_bytes(memory.states):>9}  "
+            f"{format_bytes(info.state.bytes_per_sequence)} per request; {most}"
+        )
+    total = info.memory.params + memory.kv_cache + memory.states + temporary
+    lines += [
         f"  temporary buffers {format_bytes(temporary):>9}  "
         f"steps of up to {plan.limits.tokens} tokens",
-        f"  total             {format_bytes(info.memory.params + kv_cache + temporary):>9}",
+        f"  total             {format_bytes(total):>9}",
     ]
+    if engine.config.prefix_cache and (info.limits.sliding_window_size or info.state.tensors):
+        what = "recurrent layers" if info.state.tensors else "a sliding window"
+        lines.append(f"note: with {what}, requests do not share the work on common beginnings")
+    return lines
 
 
 def _say_where(engine: "EngineLoop", settings: "ServerSettings", port: int) -> None:

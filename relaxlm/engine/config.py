@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from relaxlm.engine.scheduler import StepLimits
 from relaxlm.errors import ConfigError
 from relaxlm.files import format_bytes
+from relaxlm.runtime.cache_size import CacheSize, pages_for, slots_for
 from relaxlm.runtime.chat_config import explained
 from relaxlm.runtime.metadata import LibraryMetadata
-from relaxlm.runtime.sequence_table import pages_per_sequence
 
 Mode = Literal["local", "interactive", "server"]
 Count = Annotated[int, Field(gt=0)]
@@ -78,11 +78,10 @@ class CachePlan:
 
     Attributes:
         context: the most tokens of prompt and reply.
-        pages: of the KV cache.
     """
 
     context: int
-    pages: int
+    cache: CacheSize
     limits: StepLimits
 
 
@@ -98,6 +97,9 @@ def plan_cache(info: LibraryMetadata, config: EngineConfig, memory: int | None =
     batch = _within(config.max_batch_size, compiled.max_batch_size, "max_batch_size")
     if config.max_batch_size is None:
         batch = min(_BATCH.get(config.mode, batch), batch)
+    free = (memory or _ASSUMED_MEMORY) - info.memory.params - info.memory.temporary["forward"]
+    share = int(max(free, 0) * (_SERVER_SHARE if config.mode == "server" else _LOCAL_SHARE))
+    batch = _batch(info, config, batch, share)
     chunk = _within(config.prefill_chunk_size, compiled.prefill_chunk_size, "prefill_chunk_size")
     if chunk < batch:
         raise ConfigError(
@@ -111,16 +113,12 @@ def plan_cache(info: LibraryMetadata, config: EngineConfig, memory: int | None =
 
     def pages_of(tokens: int) -> int:
         # A page more: for the copy of a shared page that a reply begins with.
-        return 1 + pages_per_sequence(
-            tokens, chunk, size, window, compiled.attention_sink_size if window else 0
-        )
+        return 1 + pages_for(info, tokens, chunk)
 
     if window:
         context = 2**31 - 1
-    page_bytes = size * info.kv_cache.bytes_per_token
-    free = (memory or _ASSUMED_MEMORY) - info.memory.params - info.memory.temporary["forward"]
-    wanted = batch * pages_of(context)
-    pages = _pages(config, wanted, page_bytes, size, free)
+    share -= _states(batch) * info.state.bytes_per_sequence
+    pages = _pages(info, config, batch * pages_of(context), share, free)
     if pages < pages_of(context):  # memory for less than one whole context
         context = (pages - 1) * size
         if window or context < 1 or config.context_window_size is not None:
@@ -133,15 +131,49 @@ def plan_cache(info: LibraryMetadata, config: EngineConfig, memory: int | None =
     if mixed is None:
         mixed = _MIXED_ON_CPU if info.target.kind == "cpu" else chunk
     limits = StepLimits(chunk, batch, compiled.max_batch_size, min(mixed, chunk))
-    return CachePlan(context, pages, limits)
+    # One sequence more: a text that is embedded between the steps.
+    return CachePlan(context, CacheSize.of(info, pages, batch + 1), limits)
 
 
-def _pages(config: EngineConfig, wanted: int, page_bytes: int, page_size: int, free: int) -> int:
+def _states(batch: int) -> int:
+    """Slots of recurrent states for so many replies and an embedding."""
+    return slots_for(batch + 1)
+
+
+def _batch(info: LibraryMetadata, config: EngineConfig, batch: int, share: int) -> int:
+    """Replies at a time, as far as the recurrent states of so many fit into the free memory.
+
+    Args:
+        share: bytes for states and pages together.
+    """
+    state = info.state.bytes_per_sequence
+    if not state:
+        return batch
+    # Beside a KV cache, which gets half.
+    most = share // (2 if info.kv_cache.tensors else 1) // state
+    fitting = next((count for count in range(batch, 0, -1) if _states(count) <= most), 0)
+    if fitting == batch or (fitting and config.max_batch_size is None):
+        return fitting
+    raise ConfigError(
+        f"the recurrent states of {batch} replies take {format_bytes(_states(batch) * state)}, and "
+        f"{format_bytes(most * state)} of memory are left for them: "
+        + ("set a smaller max_batch_size" if fitting else "end other programs")
+    )
+
+
+def _pages(info: LibraryMetadata, config: EngineConfig, wanted: int, share: int, free: int) -> int:
     """Of the KV cache: those wanted, as far as their share of the free memory goes."""
+    if not info.kv_cache.tensors:
+        if config.kv_cache_tokens is not None:
+            raise ConfigError(
+                f"engine_config: kv_cache_tokens = {config.kv_cache_tokens}, but {info.model_type} "
+                "has no KV cache: leave it out"
+            )
+        return wanted
+    page_size = info.kv_cache.page_size
     if config.kv_cache_tokens is not None:
         return -(-config.kv_cache_tokens // page_size) + 1
-    share = _SERVER_SHARE if config.mode == "server" else _LOCAL_SHARE
-    affordable = max(int(share * free) // page_bytes, 0)
+    affordable = max(share // (page_size * info.kv_cache.bytes_per_token), 0)
     if affordable < 2:
         raise ConfigError(
             f"{format_bytes(max(free, 0))} of memory are left beside the weights: too little for "

@@ -59,9 +59,10 @@ class EngineCore:
         drafts: NgramDrafts | None = None,
     ) -> None:
         self.executor, self.sequences, self.workers = executor, sequences, workers
-        # With a window, a prefix's pages are no longer all there.
-        shared = prefix_cache and not sequences.window
+        # With a window, a prefix's pages are no longer all there; with recurrent layers, its state.
+        shared = prefix_cache and not sequences.window and sequences.states is None
         self.cache = PrefixCache(sequences.pool, sequences.page_size) if shared else None
+        assert drafts is None or sequences.states is None, "a wrong guess cannot be taken back"
         self.drafts = drafts
         propose = drafts.propose if drafts is not None else None
         self.scheduler = Scheduler(sequences, self.cache, limits, propose)

@@ -33,8 +33,6 @@ from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import is_batch_invariant
 from relaxlm.runtime.memory import available_memory
 from relaxlm.runtime.model import ServedModel
-from relaxlm.runtime.page_pool import PagePool
-from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.threads import set_threads
 
 # Seconds between two snapshots of the counters while there is work.
@@ -80,6 +78,11 @@ class EngineLoop:
                 "speculative decoding takes back tokens, which a sliding window may have dropped: "
                 "leave one of them out"
             )
+        if self.config.speculative != "off" and info.state.tensors:
+            raise ConfigError(
+                "speculative decoding takes back tokens, and the recurrent layers of "
+                f"{info.model_type} have no state to go back to: leave it out"
+            )
         self.plan: CachePlan = plan_cache(info, self.config, available_memory())
         self.context_window_size = self.plan.context
         self._ids = itertools.count(1)
@@ -90,7 +93,7 @@ class EngineLoop:
         self._closing = self._ended = False
         self.failure: LibraryError | None = None
         self._embeddings: queue.SimpleQueue[EmbeddingJob] = queue.SimpleQueue()
-        self._stats = EngineStats(pages_total=self.plan.pages)
+        self._stats = EngineStats(pages_total=self.plan.cache.pages)
         self._news: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._output = Output(
             model.tokenizer,
@@ -321,14 +324,9 @@ class EngineLoop:
         # TVM's pool of worker threads belongs to the thread that uses it.
         set_threads(threads)
         model, plan = self.model, self.plan
-        info = model.library.metadata
-        executor = Executor(model.library, model.weights, plan.pages)
-        sequences = PagedSequences(
-            PagePool(plan.pages),
-            info.kv_cache.page_size,
-            info.limits.sliding_window_size,
-            info.limits.attention_sink_size,
-        )
+        pages, state_slots = plan.cache.pages, plan.cache.state_slots
+        executor = Executor(model.library, model.weights, pages, state_slots)
+        sequences = plan.cache.sequences(model.library.metadata)
         drafts = None
         if self.config.speculative == "ngram":
             drafts = NgramDrafts(self.config.speculative_tokens)

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 from relaxlm.engine.job import Branch, Job
 from relaxlm.engine.prefix_cache import PrefixCache
-from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
+from relaxlm.runtime.cache_size import pages_per_sequence
+from relaxlm.runtime.sequence_table import PagedSequences
 
 Propose = Callable[[Branch, int], list[int]]
 

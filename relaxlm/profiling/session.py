@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from relaxlm.errors import ContextOverflowError
+from relaxlm.runtime.cache_size import CacheSize, pages_for
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library, check_fits_model, refuse_compile_options
-from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.params import WeightFolder
-from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
+from relaxlm.runtime.sequence_table import PagedSequences
 
 Progress = Callable[[str, float], None]
 
@@ -69,13 +69,12 @@ class Session:
                 f"{longest} tokens of one sequence: {library.path} was compiled for a context of "
                 f'{most}; compile with --overrides "context_window_size={longest}"'
             )
-        size, window = info.kv_cache.page_size, info.limits.sliding_window_size
-        sinks, chunk = info.limits.attention_sink_size, info.limits.prefill_chunk_size
-        pages = max(
-            batch * pages_per_sequence(tokens, chunk, size, window, sinks) for batch, tokens in room
-        )
-        sequences = PagedSequences(PagePool(pages), size, window, sinks)
-        return Session(Executor(library, weights, pages), sequences, weights)
+        pages = max(batch * pages_for(info, tokens) for batch, tokens in room)
+        # Each may go back to the state after its prompt.
+        most = max(batch for batch, _ in room)
+        size = CacheSize.of(info, pages, most, kept=most)
+        executor = Executor(library, weights, size.pages, size.state_slots)
+        return Session(executor, size.sequences(info), weights)
 
     def prefill(self, tokens: int) -> float:
         """Seconds of a new prompt, until the logits of its last token are there."""
@@ -104,6 +103,8 @@ class Session:
         else:
             self._free()
             self._append_prompts(self._made_up((batch, context)))
+            for seq in self._held:
+                self.sequences.keep_state(seq)
             self._prepared = batch, context
         self._next = self._made_up((batch, 1))[:, 0]
 

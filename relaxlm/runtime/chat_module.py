@@ -4,10 +4,14 @@
     print(chat.generate("What is the meaning of life?"))
 
 The KV cache of earlier turns is reused: of a new prompt only what differs from the cached tokens
-is computed. When a conversation outgrows the context window, its oldest turns are forgotten until
-the new prompt and a quarter of the window for the reply fit (`ChatConfig.context_overflow` =
-"drop_oldest_turns", the default), or an error is raised ("error"). System messages and the last
-message are never forgotten. With a sliding-window library nothing has to be forgotten.
+is computed. Recurrent layers can go back to few states: that of now, and those behind the user's
+messages of the last two prompts, before the replies; a prompt that differs earlier is computed from
+its start.
+
+When a conversation outgrows the context window, its oldest turns are forgotten until the new prompt
+and a quarter of the window for the reply fit (`ChatConfig.context_overflow` = "drop_oldest_turns",
+the default), or an error is raised ("error"). System messages and the last message are never
+forgotten. With a sliding-window library nothing has to be forgotten.
 """
 
 import time
@@ -19,16 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from relaxlm.errors import ContextOverflowError, RequestError
+from relaxlm.errors import ContextOverflowError, RequestError, TemplateError
 from relaxlm.files import format_bytes
+from relaxlm.runtime.cache_size import CacheSize, pages_for
 from relaxlm.runtime.chat_settings import ChatConfig
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generation import GenerationConfig
 from relaxlm.runtime.generator import Generator, Reply, Timings
 from relaxlm.runtime.model import ServedModel, either_name
-from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.prompt import Message
-from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
+from relaxlm.runtime.state_slots import MOST_KEPT
 from relaxlm.runtime.streaming import StreamCallback
 from relaxlm.runtime.threads import set_threads
 
@@ -36,6 +40,8 @@ __all__ = ["ChatConfig", "ChatModule"]
 
 # The most replies to one prompt: each takes two more pages of the KV cache.
 MAX_REPLIES = 16
+# Bytes that the recurrent states of further replies may take.
+_REPLY_STATES = 2**30
 
 # Tokens; more than any conversation with a sliding window will have.
 _ENDLESS = 2**31 - 1
@@ -93,27 +99,22 @@ class ChatModule:
         self.folder, self.chat_config = self.model.folder, self.model.chat_config
         self.tokenizer, self.prompts = self.model.tokenizer, self.model.prompts
         self.library = self.model.library
-        limits = self.library.metadata.limits
+        info = self.library.metadata
+        limits = info.limits
         self._window = limits.sliding_window_size
         self.context_window_size = limits.context_window_size
         if wanted := self.chat_config.context_window_size:
             self.context_window_size = wanted
-        page_size = self.library.metadata.kv_cache.page_size
-        pages = pages_per_sequence(
-            _ENDLESS if self._window else self.context_window_size,
-            limits.prefill_chunk_size,
-            page_size,
-            self._window,
-            limits.attention_sink_size,
-        )
+        pages = pages_for(info, _ENDLESS if self._window else self.context_window_size)
         # Each of several replies ends in a page of its own, and copies the prompt's last page.
         self.max_replies = 1 if self._window else min(limits.max_batch_size, MAX_REPLIES)
+        if state := info.state.bytes_per_sequence:
+            self.max_replies = min(self.max_replies, 1 + _REPLY_STATES // state)
         pages += 2 * (self.max_replies - 1)
+        size = CacheSize.of(info, pages, self.max_replies, kept=MOST_KEPT)
         set_threads(threads)
-        self.executor = Executor(self.library, self.model.weights, pages)
-        self.sequences = PagedSequences(
-            PagePool(pages), page_size, self._window, limits.attention_sink_size
-        )
+        self.executor = Executor(self.library, self.model.weights, size.pages, size.state_slots)
+        self.sequences = size.sequences(info)
         self.generator = Generator(self.executor, self.sequences, self.tokenizer)
         self.messages: list[Message] = []
         self.replies: list[Reply] = []
@@ -182,15 +183,18 @@ class ChatModule:
         )
         if not verbose:
             return text
-        memory = self.executor.memory()
+        memory, info = self.executor.memory(), self.library.metadata
+        cache = []
+        if info.kv_cache.tensors:
+            cache += [f"up to {format_bytes(memory.kv_cache)} KV cache ({info.kv_cache.dtype})"]
+        if info.state.tensors:
+            cache += [f"up to {format_bytes(memory.states)} recurrent states"]
         return "\n".join(
             [
                 text,
                 f"prompt: {t.prompt_tokens} tokens, {t.reused_tokens} of them from the cache; "
                 f"reply: {t.decode_tokens} tokens",
-                f"memory: {format_bytes(memory.params)} parameters, up to "
-                f"{format_bytes(memory.kv_cache)} KV cache "
-                f"({self.library.metadata.kv_cache.dtype}), up to "
+                f"memory: {format_bytes(memory.params)} parameters, {', '.join(cache)}, up to "
                 f"{format_bytes(memory.temporary)} temporary",
                 f"loaded in {self.load_seconds:.1f} s",
             ]
@@ -246,7 +250,8 @@ class ChatModule:
         else:
             messages = list(prompt)
         kept, ids = self._fit(messages, settings)
-        first = self._run(ids, settings, callback, self.model.continues_text)
+        keep = self._shared_later(kept, ids) if self.sequences.states is not None else 0
+        first = self._run(ids, settings, callback, self.model.continues_text, keep)
         self.forgotten_messages = len(messages) - len(kept)
         answered = first.text or first.finish_reason != "cancelled"
         if answered and not stateless and self.prompts.source != "none":
@@ -260,8 +265,9 @@ class ChatModule:
         settings: GenerationConfig,
         callback: StreamCallback | None,
         continuing: bool,
+        keep: int = 0,
     ) -> Reply:
-        """Generate from token ids, reusing what the cache holds of them."""
+        """Generate from token ids, reusing what the cache holds of them; `keep` as `Generator`."""
         if not ids:
             raise RequestError("the prompt has no tokens, expected at least one")
         self._check_fits(len(ids))
@@ -275,6 +281,7 @@ class ChatModule:
                 self.prompts.stop_strings,
                 self._room(len(ids), settings.n),
                 continuing,
+                keep,
                 *_reporting(callback),
             )
         except BaseException:
@@ -290,12 +297,9 @@ class ChatModule:
         if self._cached is not None:
             held = self._cached.tokens
             # The last token has to run: its logits choose the first token of the reply.
-            common = next(
-                (i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b),
-                min(len(held), len(ids)),
-            )
-            common = min(common, len(ids) - 1)
-            if common and self.sequences.can_truncate(self._cached.seq, common):
+            common = min(_common(held, ids), len(ids) - 1)
+            common = self.sequences.longest_prefix(self._cached.seq, common)
+            if common:
                 self.sequences.truncate(self._cached.seq, common)
                 return self._cached
         self._drop_cache()
@@ -333,6 +337,18 @@ class ChatModule:
             "conversation; `relaxlm gen_config --conv-template NAME` sets a template"
         )
 
+    def _shared_later(self, messages: list[Message], ids: list[int]) -> int:
+        """How many of a prompt's tokens the next one begins with, at least if it goes on with the
+        conversation or asks for another reply: those before the reply's own beginning.
+        """
+        if self.prompts.source == "none":
+            return len(ids) - 1
+        try:
+            shared = self.prompts.encode(messages, add_generation_prompt=False)
+        except TemplateError:
+            return 0
+        return min(_common(shared, ids), len(ids) - 1)
+
     def _check_fits(self, tokens: int) -> None:
         if not self._window and tokens >= self.context_window_size:
             raise ContextOverflowError(
@@ -362,6 +378,14 @@ class ChatModule:
                 f"n = {settings.n}: at most {self.max_replies} at a time {why}; ask several times"
             )
         return settings
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many of the first tokens are the same."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
 
 
 def _reporting(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -95,11 +96,13 @@ class Generator:
         seq: int,
         ids: Sequence[int],
         cancelled: Callable[[], bool] = lambda: False,
+        keep: int = 0,
     ) -> np.ndarray | None:
         """Append tokens, at least one, to a sequence in chunks.
 
         Args:
             cancelled: asked before each chunk.
+            keep: so many of the tokens, less than all, end a state to go back to, if there is one.
 
         Returns:
             The last token's logits, [1, vocab] float32; None if cancelled before.
@@ -111,12 +114,14 @@ class Generator:
         chunk = self.executor.limits.prefill_chunk_size
         before = self.sequences.length(seq)
         try:
-            for start in range(0, len(ids), chunk):
+            for start, end in _pieces(len(ids), chunk, keep):
                 if cancelled():
                     return None
-                piece = np.asarray(ids[start : start + chunk], np.int32)
+                piece = np.asarray(ids[start:end], np.int32)
                 last = np.array([len(piece) - 1], np.int32)
                 logits = self.step([(seq, len(piece))], piece, last)
+                if end == keep:
+                    self.sequences.keep_state(seq)
         except ContextOverflowError:
             if self.sequences.can_truncate(seq, before):
                 self.sequences.truncate(seq, before)
@@ -132,6 +137,7 @@ class Generator:
         stop_strings: Sequence[str],
         room: int,
         continuing: bool = False,
+        keep: int = 0,
         on_text: Callable[[Reply, str], None] = lambda reply, text: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> tuple[list[Reply], Timings]:
@@ -143,6 +149,8 @@ class Generator:
                 always do.
             room: the most tokens each reply may have.
             continuing: the replies go on with the prompt's own text, and may begin with a space.
+            keep: how many of the prompt's tokens, less than all, later prompts are likely to share:
+                recurrent layers keep their state after them.
             on_text: called after every token with the text that became final, possibly "".
             cancelled: asked before every step; if so, the replies end as they are.
 
@@ -160,7 +168,8 @@ class Generator:
         held = self.sequences.length(seq)
         timings = Timings(len(prompt), held)
         start = time.perf_counter()
-        logits = self.prefill(seq, prompt[held:], cancelled)
+        keep = max(keep - held, 0) if self.sequences.states is not None else 0
+        logits = self.prefill(seq, prompt[held:], cancelled, keep)
         timings.prefill_seconds = time.perf_counter() - start
         if logits is None:
             for reply in replies:
@@ -236,6 +245,12 @@ class Generator:
     def active_vocab(self) -> int:
         """Ids from here on are padding of the weight matrix and never chosen."""
         return min(self.executor.vocab_size, self.tokenizer.vocab_size)
+
+
+def _pieces(tokens: int, chunk: int, cut: int) -> list[tuple[int, int]]:
+    """Where steps of up to `chunk` tokens begin and end, one of them ending at `cut`."""
+    ends = [*range(0, cut, chunk), *range(cut, tokens, chunk), tokens]
+    return list(pairwise(ends))
 
 
 def _all_sampled(results: Sequence[Sampled | LibraryError]) -> list[Sampled]:

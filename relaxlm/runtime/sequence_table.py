@@ -133,6 +133,12 @@ class PagedSequences:
             self.states.release(sequence.state)
         del self._sequences[seq]
 
+    def longest_prefix(self, seq: int, length: int) -> int:
+        """The most of the first `length` tokens that `truncate` can go back to."""
+        kept = [] if self.states is None else self._get(seq).state.kept
+        lengths = [length, *(tokens for tokens, _ in reversed(kept) if tokens < length), 0]
+        return next(tokens for tokens in lengths if self.can_truncate(seq, tokens))
+
     def fork(self, seq: int, length: int | None = None) -> int:
         """Start a sequence with the first `length` tokens of another (default: all); takes no page.
 
@@ -479,20 +485,3 @@ class PagedSequences:
             )
         dropped = 0 if length <= kept else sequence.dropped
         return -(-(length - dropped) // self.page_size), dropped
-
-
-def pages_per_sequence(
-    tokens: int, chunk: int, page_size: int, window: int = 0, sinks: int = 0
-) -> int:
-    """The most pages that one sequence ever holds, for planning memory.
-
-    Args:
-        tokens: its length at the end.
-        chunk: the most tokens that one step appends to it.
-    """
-    pages = -(-tokens // page_size)
-    if not window:
-        return pages
-    # At worst the oldest visible token is the last of its page, and a whole chunk is appended.
-    sliding = -(-sinks // page_size) + -(-(page_size - 1 + window - 1 + chunk) // page_size)
-    return min(pages, sliding)

@@ -17,6 +17,9 @@ import numpy as np
 from relaxlm.errors import ContextOverflowError
 from relaxlm.runtime.page_pool import PagePool
 
+# Earlier states that a sequence may keep: of the last prompt, and of the one before.
+MOST_KEPT = 2
+
 
 @dataclass(slots=True)
 class SequenceState:
@@ -44,7 +47,7 @@ class StateSlots:
         most_kept: earlier states that a sequence may keep; the oldest one goes first.
     """
 
-    def __init__(self, pool: PagePool, most_kept: int = 2) -> None:
+    def __init__(self, pool: PagePool, most_kept: int = MOST_KEPT) -> None:
         self.pool, self.most_kept = pool, most_kept
 
     def needed(self, states: Sequence[SequenceState]) -> int:
@@ -147,13 +150,3 @@ class StateSlots:
     @staticmethod
     def _at(state: SequenceState, length: int) -> int | None:
         return dict(state.kept)[length] if length else None
-
-
-def slots_for(sequences: int, kept: int = 0) -> int:
-    """Slots with which no step of so many sequences lacks one.
-
-    Args:
-        kept: earlier states of all sequences together.
-    """
-    # Each is written to one of its own. A slot that is only read was shared by two at least.
-    return sequences + sequences // 2 + kept

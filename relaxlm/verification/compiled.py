@@ -2,11 +2,10 @@
 
 import numpy as np
 
+from relaxlm.runtime.cache_size import CacheSize, pages_for
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library
-from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.params import WeightFolder
-from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
 
 # The last tokens of a text go through one by one, as when text is generated.
 DECODED = 8
@@ -16,12 +15,11 @@ class CompiledModel:
     """A library, ready to run texts of up to `max_tokens` tokens."""
 
     def __init__(self, library: Library, weights: WeightFolder, max_tokens: int) -> None:
-        limits, page_size = library.metadata.limits, library.metadata.kv_cache.page_size
-        window, sinks = limits.sliding_window_size, limits.attention_sink_size
-        self.limits = limits
-        pages = pages_per_sequence(max_tokens, limits.prefill_chunk_size, page_size, window, sinks)
-        self._executor = Executor(library, weights, pages)
-        self._sequences = PagedSequences(PagePool(pages), page_size, window, sinks)
+        info = library.metadata
+        self.limits = info.limits
+        size = CacheSize.of(info, pages_for(info, max_tokens), sequences=1)
+        self._executor = Executor(library, weights, size.pages, size.state_slots)
+        self._sequences = size.sequences(info)
 
     def run(self, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         """One text through the paged cache: its logits once, its residual stream once.

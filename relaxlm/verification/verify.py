@@ -140,12 +140,13 @@ class Job:
         self, kind: ReferenceKind, reference: Reference, results: Sequence, progress: Progress
     ) -> Comparison:
         exact = kind == "dequantized" or is_exact(self.library.metadata, self.weights)
+        cache = self.cache if exact and self.library.metadata.kv_cache.tensors else None
         prompts = []
         for number, ((text, ids), (logits, states)) in enumerate(
             zip(self.texts, results, strict=True), start=1
         ):
             progress(f"{kind} reference, text {number} of {len(self.texts)}")
-            expected, expected_states = reference.run(ids, self.cache if exact else None)
+            expected, expected_states = reference.run(ids, cache)
             layers = map(layer_error, expected_states, states)
             distance = compare_logits(expected, logits, ids)
             prompts.append(PromptResult(text, len(ids), distance, tuple(layers)))

@@ -16,11 +16,18 @@ from relaxlm.engine.scheduler import StepLimits
 from relaxlm.engine.speculation import NgramDrafts
 from relaxlm.engine.types import GenerationRequest
 from relaxlm.errors import RequestError
+from relaxlm.runtime.cache_size import slots_for
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sampling import Sampled, sample
 from relaxlm.runtime.sequence_table import PagedSequences
-from tests.remembering_executor import PAGE, RememberingExecutor, logits_after
+from relaxlm.runtime.state_slots import StateSlots
+from tests.remembering_executor import (
+    PAGE,
+    RecurrentExecutor,
+    RememberingExecutor,
+    logits_after,
+)
 from tests.tiny_model import TOKENS
 
 CONTEXT = 40
@@ -50,7 +57,10 @@ class Engine:
 
     def __init__(self, pages: int = 64, executor: Any = None, limits=LIMITS, **options) -> None:
         self.executor = executor or RememberingExecutor(pages)
-        sequences = PagedSequences(PagePool(pages), PAGE)
+        states = None
+        if isinstance(self.executor, RecurrentExecutor):
+            states = StateSlots(PagePool(len(self.executor.slots)))
+        sequences = PagedSequences(PagePool(pages), PAGE, states=states)
         self.core = EngineCore(self.executor, sequences, limits, WORKERS, **options)
         self.jobs: list[Job] = []
         self.events: list[Event] = []
@@ -134,11 +144,14 @@ ACTIONS = st.one_of(
     actions=st.lists(ACTIONS, min_size=3, max_size=24),
     pages=st.sampled_from([11, 12, 15, 30, 64]),
     shared=st.booleans(),
-    guessed=st.booleans(),
+    model=st.sampled_from(["plain", "guessed", "recurrent"]),
 )
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_mix_of_requests_gives_the_tokens_of_each_alone(actions, pages, shared, guessed):
+def test_any_mix_of_requests_gives_the_tokens_of_each_alone(actions, pages, shared, model):
+    guessed = model == "guessed"
     executor = RepeatingExecutor(pages) if guessed else None
+    if model == "recurrent":
+        executor = RecurrentExecutor(pages, slots_for(LIMITS.sequences))
     drafts = NgramDrafts(tokens=3) if guessed else None
     engine = Engine(pages, executor, prefix_cache=shared, drafts=drafts)
     given_up: set[int] = set()
@@ -175,6 +188,8 @@ def test_any_mix_of_requests_gives_the_tokens_of_each_alone(actions, pages, shar
     if core.cache is not None:
         core.cache.clear()
     assert core.sequences.pool.free == pages
+    if core.sequences.states is not None:
+        assert core.sequences.states.pool.used == 0
 
 
 def test_a_long_prompt_is_cut_and_others_are_written_meanwhile():

@@ -307,7 +307,7 @@ def test_modes_differ_in_how_many_replies_are_written_at_a_time(tiny):
     info = Library.load(tiny.library).metadata
     plans = [plan_cache(info, EngineConfig(mode=m)) for m in ("interactive", "local", "server")]
     assert [plan.limits.sequences for plan in plans] == [1, 4, 128]
-    assert [plan.pages for plan in plans] == [17, 4 * 17, 128 * 17]
+    assert [plan.cache.pages for plan in plans] == [17, 4 * 17, 128 * 17]
 
 
 def test_memory_of_the_machine():

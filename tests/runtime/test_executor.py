@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from relaxlm.errors import ContextOverflowError, RequestError, WeightsError
+from relaxlm.runtime.cache_size import pages_per_sequence
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generator import Generator
 from relaxlm.runtime.library import Library
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.scoring import token_logits, token_logprobs
-from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
+from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.tokenizer import Tokenizer
 from tests.numpy_llama import llama_logits
 from tests.reference import relative_error

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from relaxlm.runtime.sequence_table import pages_per_sequence
+from relaxlm.runtime.cache_size import pages_per_sequence
 from tests.runtime.sequence_model import Model, make, random_traffic
 
 

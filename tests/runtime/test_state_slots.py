@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from relaxlm.errors import ContextOverflowError, RequestError
+from relaxlm.runtime.cache_size import slots_for
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sequence_table import PagedSequences
-from relaxlm.runtime.state_slots import StateSlots, slots_for
+from relaxlm.runtime.state_slots import StateSlots
 
 PAGE, KEPT = 4, 2
 
