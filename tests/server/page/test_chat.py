@@ -148,7 +148,6 @@ def test_regenerating_keeps_the_versions(page: Page, server: PageServer) -> None
     finished(page)
     assert server.requests[1]["messages"] == [{"role": "user", "content": "Tell me."}]
     expect(reply).to_contain_text("2/2")
-    page.wait_for_timeout(700)  # the reply is drawn once more when it has been saved
     reply.get_by_role("button", name="Earlier version").click()
     expect(reply).to_contain_text("First.")
     page.reload()
