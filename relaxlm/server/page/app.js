@@ -318,6 +318,7 @@ class App {
     );
     conversation.updated = Date.now();
     this.running.set(conversation.id, { conversation, message, controller });
+    this.composer.setRunning(true); // at once: a second Enter is no second message
     this.thread.sync(message);
     this.thread.follow();
     this.composer.focus();

@@ -35,6 +35,19 @@ def ask(page: Page, message: str) -> None:
     finished(page)
 
 
+def reload(page: Page) -> None:
+    """Loads the page anew when the browser has stored what the page has given it."""
+    page.evaluate(
+        """() => new Promise((resolve) => {
+            indexedDB.open("relaxlm").onsuccess = ({ target: { result } }) => {
+                const stores = result.transaction(["conversations", "summaries"], "readwrite");
+                stores.oncomplete = () => result.close() || resolve();
+            };
+        })"""
+    )
+    page.reload()
+
+
 def last_reply(page: Page) -> Locator:
     return page.locator(".reply").last
 

@@ -66,7 +66,7 @@ class PageServer(ThreadingHTTPServer):
     answers: to the next requests; after them, a short text.
     requests: bodies of chat completions. keys: their Authorization headers.
     key: required if not None.
-    gone: set when a client went away during a stream.
+    asked, gone: set when a completion was asked for, and when a client went away during a stream.
     """
 
     daemon_threads = True
@@ -82,7 +82,7 @@ class PageServer(ThreadingHTTPServer):
         self.keys: list[str | None] = []
         self.key: str | None = None
         self.models = [MODEL]
-        self.gone = threading.Event()
+        self.asked, self.gone = threading.Event(), threading.Event()
 
     @property
     def url(self) -> str:
@@ -119,6 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers["Authorization"])
         answers = self.server.answers
         answer = answers.popleft() if answers else Answer(text("An ", "answer."))
+        self.server.asked.set()
         if answer.status != 200:
             return self._json(answer.status, answer.error, answer.headers)
         return self._stream(answer)

@@ -10,7 +10,15 @@ pytest.importorskip("playwright")
 
 from playwright.sync_api import expect
 
-from tests.server.page.actions import ask, field, finished, last_reply, live_answer, send
+from tests.server.page.actions import (
+    ask,
+    field,
+    finished,
+    last_reply,
+    live_answer,
+    reload,
+    send,
+)
 from tests.server.page.scripted import MODEL, Answer, text
 
 if TYPE_CHECKING:
@@ -105,7 +113,7 @@ def test_stopping_keeps_what_came(page: Page, server: PageServer, how: str) -> N
     expect(reply).to_contain_text("1 2 3")
     expect(reply).to_contain_text("Stopped.")
     expect(reply.get_by_role("button", name="about 1 token")).to_be_visible()
-    page.reload()
+    reload(page)
     expect(last_reply(page)).to_contain_text("1 2 3")
     expect(last_reply(page)).to_contain_text("Stopped.")
     ask(page, "Go on")
@@ -116,6 +124,7 @@ def test_stopping_before_the_first_token(page: Page, server: PageServer) -> None
     live_answer(server)
     send(page, "Hello?")
     expect(page.locator(".waiting")).to_be_visible()
+    assert server.asked.wait(10)
     page.keyboard.press("Escape")
     finished(page)
     expect(last_reply(page)).to_contain_text("Stopped.")
@@ -139,6 +148,22 @@ def test_enter_does_not_send_while_a_reply_is_written(page: Page, server: PageSe
     expect(page.get_by_text("Stopped.")).to_have_count(0)
 
 
+def test_two_quick_enters_are_one_message(page: Page, server: PageServer) -> None:
+    field(page).fill("Hello?")
+    # Before the browser has stored the first message.
+    field(page).evaluate(
+        """(field) => {
+            const enter = { key: "Enter", bubbles: true, cancelable: true };
+            field.dispatchEvent(new KeyboardEvent("keydown", enter));
+            field.value = "And now?";
+            field.dispatchEvent(new KeyboardEvent("keydown", enter));
+        }"""
+    )
+    finished(page)
+    assert [len(request["messages"]) for request in server.requests] == [1]
+    expect(field(page)).to_have_value("And now?")
+
+
 def test_regenerating_keeps_the_versions(page: Page, server: PageServer) -> None:
     server.answers += [Answer(text("First.")), Answer(text("Second."))]
     ask(page, "Tell me.")
@@ -150,7 +175,7 @@ def test_regenerating_keeps_the_versions(page: Page, server: PageServer) -> None
     expect(reply).to_contain_text("2/2")
     reply.get_by_role("button", name="Earlier version").click()
     expect(reply).to_contain_text("First.")
-    page.reload()
+    reload(page)
     expect(reply).to_contain_text("First.")
     expect(reply).to_contain_text("1/2")
     ask(page, "More.")
@@ -199,7 +224,7 @@ def test_thinking_is_open_until_the_answer_begins(page: Page, server: PageServer
     finished(page)
     ask(page, "Next")
     assert server.requests[-1]["messages"][1]["content"] == "Done. Really."
-    page.reload()
+    reload(page)
     thoughts.first.locator("summary").click()
     expect(thoughts.first.locator("em")).to_have_text("see")
 

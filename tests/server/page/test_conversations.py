@@ -12,7 +12,7 @@ pytest.importorskip("playwright")
 
 from playwright.sync_api import expect
 
-from tests.server.page.actions import ask, finished, last_reply, live_answer, send, titles
+from tests.server.page.actions import ask, finished, last_reply, live_answer, reload, send, titles
 from tests.server.page.scripted import Answer, text
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def test_conversations_survive_a_reload(page: Page, server: PageServer) -> None:
     ask(page, "First question,\nof two lines")
     new(page)
     ask(page, "Second question")
-    page.reload()
+    reload(page)
     expect(page.locator("h1")).to_have_text("Second question")
     expect(page.locator(".bubble")).to_have_text("Second question")
     assert titles(page) == ["Second question", "First question,"]
@@ -50,7 +50,7 @@ def test_a_reply_in_the_making_survives_a_reload(page: Page, server: PageServer)
     live.put({"content": "So far"})
     expect(last_reply(page)).to_contain_text("So far")
     page.wait_for_timeout(1200)  # it is kept once a second
-    page.reload()
+    reload(page)
     expect(last_reply(page)).to_contain_text("So far")
     expect(last_reply(page)).to_contain_text("Stopped.")
     assert server.gone.wait(10)
@@ -72,7 +72,7 @@ def test_renaming_and_deleting(page: Page) -> None:
     page.get_by_role("button", name="Undo").click()
     expect(page.locator("h1")).to_have_text("One")
     expect(page.locator(".conversation")).to_have_count(3)
-    page.reload()
+    reload(page)
     expect(page.locator(".conversation")).to_have_count(3)
     assert titles(page) == ["Drei", "Two", "One"]
 
@@ -86,7 +86,7 @@ def test_deleting_a_conversation_ends_its_reply(page: Page, server: PageServer) 
     assert server.gone.wait(10)
     expect(page.get_by_text("No conversations yet.")).to_be_visible()
     page.wait_for_timeout(1200)  # it would have been kept again by now
-    page.reload()
+    reload(page)
     expect(page.get_by_text("No conversations yet.")).to_be_visible()
 
 

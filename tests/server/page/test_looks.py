@@ -10,7 +10,7 @@ pytest.importorskip("playwright")
 
 from playwright.sync_api import expect
 
-from tests.server.page.actions import ask, field, finished, last_reply, live_answer, send
+from tests.server.page.actions import ask, field, finished, last_reply, live_answer, reload, send
 from tests.server.page.scripted import Answer, text
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def test_dark_follows_the_system_until_the_reader_chooses(open_page: OpenPage) -
     button.click()
     expect(button).to_have_text("Theme: dark")
     assert background(page) == dark
-    page.reload()
+    reload(page)
     expect(button).to_have_text("Theme: dark")
     assert background(page) == dark
     assert page.locator("meta[name=theme-color]").get_attribute("content") == dark
@@ -221,7 +221,7 @@ def test_a_conversation_by_keyboard_alone(page: Page, server: PageServer) -> Non
     expect(page.locator(".conversation")).to_have_count(1)
     page.keyboard.press("Control+B")
     expect(page.locator("#sidebar")).to_be_hidden()
-    page.reload()
+    reload(page)
     expect(page.locator("#sidebar")).to_be_hidden()
     page.keyboard.press("Control+K")
     expect(page.get_by_label("Search conversations")).to_be_focused()

@@ -20,7 +20,7 @@ from relaxlm.demo import MODEL_DIR
 from relaxlm.engine.loop import EngineLoop
 from relaxlm.server.app import ApiServer
 from relaxlm.server.settings import ServerSettings
-from tests.server.page.actions import ask, field, last_reply
+from tests.server.page.actions import ask, field, last_reply, reload
 from tests.server.page.scripted import FILES, PAGE
 from tests.server.page.test_settings import NUMBERS, open_settings, save
 from tests.server.serving import Running, running
@@ -66,7 +66,7 @@ def test_the_demo_model_answers(page: Page) -> None:
     ask(page, "Who are you?")
     expect(page.locator(".reply")).to_have_count(2)
     expect(page.get_by_role("alert").filter(visible=True)).to_have_count(0)
-    page.reload()
+    reload(page)
     expect(page.locator(".reply")).to_have_count(2)
 
 

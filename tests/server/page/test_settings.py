@@ -10,7 +10,7 @@ pytest.importorskip("playwright")
 
 from playwright.sync_api import expect
 
-from tests.server.page.actions import ask, finished, last_reply, send
+from tests.server.page.actions import ask, finished, last_reply, reload, send
 from tests.server.page.scripted import Answer, text
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def test_settings_are_sent(page: Page, server: PageServer) -> None:
     assert request["response_format"] == {"type": "json_object"}
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
     # They are those of this conversation, and where a new one begins.
-    page.reload()
+    reload(page)
     page.get_by_role("button", name="New conversation").click()
     dialog = open_settings(page)
     expect(dialog.get_by_label("Temperature")).to_have_value("0.7")
@@ -111,7 +111,7 @@ def test_a_value_that_is_not_possible_is_not_saved(page: Page, server: PageServe
 
 def test_an_api_key_is_asked_for_and_kept_for_the_tab(page: Page, server: PageServer) -> None:
     server.key = "sesame"
-    page.reload()
+    reload(page)
     dialog = page.get_by_role("dialog", name="This server asks for an API key")
     expect(dialog).to_be_visible()
     dialog.get_by_label("API key").fill("open up")
@@ -123,7 +123,7 @@ def test_an_api_key_is_asked_for_and_kept_for_the_tab(page: Page, server: PageSe
     expect(page.locator(".model")).to_have_text("scripted-model")
     ask(page, "Hello?")
     assert server.keys == ["Bearer sesame"]
-    page.reload()
+    reload(page)
     expect(page.locator(".model")).to_have_text("scripted-model")
     expect(dialog).to_be_hidden()
     assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
@@ -147,7 +147,7 @@ def test_a_key_that_is_asked_for_later_sends_the_message_again(
 
 def test_a_choice_of_models(page: Page, server: PageServer) -> None:
     server.models = ["small", "large"]
-    page.reload()
+    reload(page)
     page.get_by_label("Model").select_option("large")
     ask(page, "Hello?")
     assert server.requests[0]["model"] == "large"
@@ -184,7 +184,7 @@ def test_errors_are_shown_and_can_be_tried_again(page: Page, server: PageServer,
     expect(alert).to_contain_text(message)
     if answer.deltas:
         expect(reply).to_contain_text("So far")
-    page.reload()
+    reload(page)
     expect(alert).to_contain_text("Busy." if name == "busy" else message)
     reply.get_by_role("button", name="Try again").click()
     expect(reply).to_contain_text("Better now.")
