@@ -49,6 +49,7 @@ def linear_scan(
     decay: Tensor,
     removal: tuple[Tensor, Tensor] | None = None,
     bonus: Tensor | None = None,
+    strength: Tensor | None = None,
 ) -> Tensor:
     """A linear recurrence over each sequence, with a matrix S [K, V] float32 per head as its state.
 
@@ -59,9 +60,12 @@ def linear_scan(
 
         o = S^T q + (sum_i q_i u_i k_i) v,  then S as above.
 
+    With a `strength` beta, the token replaces what the state has for its key (the delta rule):
+    beta (v - (diag(decay) S)^T k) takes the place of v.
+
     Covers Mamba-2 (arXiv:2405.21060; q = C, k = B, v = dt x), RWKV-5 and 6 (arXiv:2404.05892; the
-    bonus), RWKV-7 (arXiv:2503.14456; removal) and the gated delta rule (arXiv:2412.06464: with
-    gate g and strength beta, decay = g, a = g k, b = -beta k, and beta v in place of v).
+    bonus), RWKV-7 (arXiv:2503.14456; removal) and the gated delta rule (arXiv:2412.06464; decay and
+    strength).
 
     Args:
         q, k: [n, groups, K]; `groups` divides the heads, head h reads group h // (heads / groups).
@@ -70,17 +74,16 @@ def linear_scan(
             own.
         removal: a and b, float32, each [n, heads, K].
         bonus: u, float32 [heads, K].
+        strength: beta, float32 [n, heads]; without removal and bonus.
 
     Returns:
         [n, heads, V], in the dtype of v; computed in float32. The state is
         `scan_state(heads, K, V)`.
     """
-    optional = [*(removal or ()), *([] if bonus is None else [bonus])]
-    return step.with_cache(
-        LINEAR_SCAN,
-        [q, k, v, decay, layer, int(removal is not None), int(bonus is not None), *optional],
-        v,
-    )
+    assert strength is None or (removal is None and bonus is None)
+    flags = [int(part is not None) for part in (removal, strength, bonus)]
+    optional = [*(removal or ()), *(part for part in (strength, bonus) if part is not None)]
+    return step.with_cache(LINEAR_SCAN, [q, k, v, decay, layer, *flags, *optional], v)
 
 
 def causal_conv(

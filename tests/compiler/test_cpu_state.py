@@ -84,6 +84,7 @@ PLAIN = ScanShape(
     value_dim=32,
     decay_per_key=False,
     removal=False,
+    strength=False,
     bonus=False,
     dtype="float32",
 )
@@ -101,6 +102,9 @@ def scan_inputs(batch: Batch, shape: ScanShape) -> list[np.ndarray]:
     inputs = [q, k, v, batch.rng.uniform(0.5, 0.99, kept).astype("float32")]
     if shape.removal:
         inputs += [unit * batch.normal(n, heads, size) for _ in range(2)]
+    if shape.strength:
+        inputs[1] = unit * k
+        inputs.append(batch.rng.uniform(0.1, 1.9, (n, heads)).astype("float32"))
     if shape.bonus:
         inputs.append(batch.normal(heads, size))
     return inputs
@@ -114,9 +118,13 @@ def check_scan(shape: ScanShape, lengths: list[int], target: tvm.target.Target =
     rows, after = batch.run(kernel, states, inputs, inputs[2])
 
     def one(state, *rows):
-        q, k, v, decay, *removal = rows
+        q, k, v, decay, *other = rows
         bonus = inputs[-1] if shape.bonus else None
-        return reference.linear_scan(state, q, k, v, decay, tuple(removal) or None, bonus)
+        if shape.strength:
+            key = np.repeat(k, shape.share, axis=1).astype("float64")
+            kept, strength = decay.reshape(len(k), shape.heads, -1), other[0][..., None]
+            other, v = (kept * key, -strength * key), v * strength
+        return reference.linear_scan(state, q, k, v, decay, tuple(other) or None, bonus)
 
     by_row = inputs[:-1] if shape.bonus else inputs
     expected, states_after = batch.expected(states, one, *by_row)
@@ -132,6 +140,8 @@ def check_scan(shape: ScanShape, lengths: list[int], target: tvm.target.Target =
         {},
         {"decay_per_key": True},
         {"removal": True},
+        {"strength": True},
+        {"strength": True, "decay_per_key": True},
         {"bonus": True},
         {"decay_per_key": True, "removal": True, "bonus": True},
         {"groups": 4, "value_dim": 80},

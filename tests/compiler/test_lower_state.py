@@ -73,7 +73,7 @@ def module(kind: str, states: tuple[StateTensor, ...] = STATES) -> tvm.IRModule:
             shifted = operator(PREVIOUS_ROW, x, 3, "shift", like=x)
             mixed = operator(CAUSAL_CONV, shifted, weight, 3, 1, like=x)
             v = builder.emit(relax.op.reshape(mixed, (n, HEADS, VALUE)))
-            out = operator(LINEAR_SCAN, q, k, v, decay, 3, 0, 0, like=v)
+            out = operator(LINEAR_SCAN, q, k, v, decay, 3, 0, 0, 0, like=v)
             out = builder.emit_output(out)
         builder.emit_func_output(out)
     return builder.finalize()

@@ -24,6 +24,7 @@ class ScanShape:
     value_dim: int
     decay_per_key: bool
     removal: bool
+    strength: bool
     bonus: bool
     dtype: str
 

@@ -74,7 +74,7 @@ def lower_state_operator(
     return relax.TupleGetItem(builder.emit(both), 0)
 
 
-def _scan(q, k, v, decay, layer, removal, bonus, *optional) -> Lowered:
+def _scan(q, k, v, decay, layer, removal, strength, bonus, *optional) -> Lowered:
     groups, key_dim = (int(extent) for extent in list(q.ty.shape)[1:])
     heads, value_dim = (int(extent) for extent in list(v.ty.shape)[1:])
     shape = ScanShape(
@@ -84,6 +84,7 @@ def _scan(q, k, v, decay, layer, removal, bonus, *optional) -> Lowered:
         value_dim,
         decay_per_key=len(decay.ty.shape) == 3,
         removal=bool(removal.value),
+        strength=bool(strength.value),
         bonus=bool(bonus.value),
         dtype=str(v.ty.dtype),
     )
