@@ -154,8 +154,9 @@ def _batch(info: LibraryMetadata, config: EngineConfig, batch: int, share: int) 
     fitting = next((count for count in range(batch, 0, -1) if _states(count) <= most), 0)
     if fitting == batch or (fitting and config.max_batch_size is None):
         return fitting
+    replies = "1 reply" if batch == 1 else f"{batch} replies"
     raise ConfigError(
-        f"the recurrent states of {batch} replies take {format_bytes(_states(batch) * state)}, and "
+        f"the recurrent states of {replies} take {format_bytes(_states(batch) * state)}, and "
         f"{format_bytes(most * state)} of memory are left for them: "
         + ("set a smaller max_batch_size" if fitting else "end other programs")
     )

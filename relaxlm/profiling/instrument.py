@@ -20,7 +20,8 @@ class Argument:
     """A tensor that a kernel was called with.
 
     Attributes:
-        name: the parameter's, or that of the cache's tensor; "" for others.
+        name: the parameter's, or that of the tensor of the cache or of a recurrent state; "" for
+            others.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Instrument:
         pairs = [
             *zip(executor._params, info.params, strict=True),
             *zip(executor._kv, info.kv_cache.tensors, strict=True),
+            *zip(executor._states, info.state.tensors, strict=True),
         ]
         self._names = {_address(tensor): tensor_info.name for tensor, tensor_info in pairs}
 

@@ -1,9 +1,9 @@
 """Where the time of a step goes: per kernel and per layer, with what each has to read and compute.
 
-Bytes are those of weights, cache and other tensors that a kernel must touch once, whatever it
-really does; operations are the multiplications and additions of matrices and attention. Time
-outside kernels is that of a step nobody watches less that of its kernels: the virtual machine's
-own work, Python's, and the copying of inputs and logits.
+Bytes are those of weights, cache, recurrent states and other tensors that a kernel must touch once,
+whatever it really does; operations are the multiplications and additions of matrices and attention.
+Time outside kernels is that of a step nobody watches less that of its kernels: the virtual
+machine's own work, Python's, and the copying of inputs and logits.
 """
 
 import math
@@ -178,6 +178,8 @@ class _Costs:
         # A product with a key and one with a value: a multiplication and an addition each.
         self._attention = 4 * config.num_attention_heads * config.head_dim * pairs
         self._cache_names = {tensor.name for tensor in info.kv_cache.tensors}
+        self._state_names = {tensor.name for tensor in info.state.tensors}
+        self._sequences = len(sequences)
 
     def of(self, call: Call) -> tuple[int, int]:
         *_, result = call.arguments
@@ -191,6 +193,8 @@ class _Costs:
             if argument.name in self._cache_names:
                 tokens = self._new if appends else self._cached
                 nbytes += _nbytes(argument) // (argument.shape[0] * self._page_size) * tokens
+            elif argument.name in self._state_names:  # of each sequence read, and written
+                nbytes += _nbytes(argument) // argument.shape[0] * 2 * self._sequences
             elif (looks_up and self._matrix(argument) is not None) or (
                 argument.shape[1:] == result.shape[1:] and argument.shape[0] > result.shape[0]
             ):  # only the rows that become the result

@@ -22,6 +22,7 @@ class Work:
         layer_weights: numbers in the matrices that every token passes.
         head_weights: numbers in the output head, which only rows with logits pass.
         cache_bytes: of the KV cache, per token of the context.
+        state_bytes: of recurrent layers, per sequence.
         pair_operations: of attention, per token and token that it sees, in all layers.
     """
 
@@ -29,6 +30,7 @@ class Work:
     layer_weights: int
     head_weights: int
     cache_bytes: int
+    state_bytes: int
     pair_operations: int
 
     @staticmethod
@@ -52,21 +54,20 @@ class Work:
             )
             stored = sum(nbytes(tensor) for tensor in info.params if tensor.name.startswith(stems))
             unread += round(stored * (1 - chosen))
+        attending = {tensor.name.split(".")[0] for tensor in info.kv_cache.tensors}
         return Work(
             weight_bytes=info.memory.params - unread,
             layer_weights=sizes["linear"] + round(sizes["expert"] * chosen),
             head_weights=sizes["lm_head"] or sizes["embedding"],
             cache_bytes=info.kv_cache.bytes_per_token,
+            state_bytes=info.state.bytes_per_sequence,
             # A product with a key and one with a value: a multiplication and an addition each.
-            pair_operations=4
-            * config.num_attention_heads
-            * config.head_dim
-            * info.kv_cache.num_layers,
+            pair_operations=4 * config.num_attention_heads * config.head_dim * len(attending),
         )
 
     def decode_bytes(self, context: int, batch: int) -> int:
         """What one step reads at least, `context` tokens being in each of `batch` caches."""
-        return self.weight_bytes + batch * context * self.cache_bytes
+        return self.weight_bytes + batch * (context * self.cache_bytes + self.state_bytes)
 
     def operations(self, tokens: int, context: int, rows: int) -> int:
         """Multiplications and additions of matrices and attention.

@@ -11,7 +11,7 @@ from relaxlm.errors import ContextOverflowError, RequestError
 from relaxlm.runtime import tvm_runtime
 from relaxlm.runtime.library import Library, needs_gpu
 from relaxlm.runtime.params import WeightFolder
-from relaxlm.runtime.sequence_table import BatchTables
+from relaxlm.runtime.step_tables import BatchTables
 from relaxlm.runtime.threads import set_threads
 
 
@@ -84,14 +84,13 @@ class Executor:
         self._staged_tensors: list[Any] = []
         cache, states = self.metadata.kv_cache.tensors, self.metadata.state.tensors
         self._kv = _array([self._zeros((pages, *tensor.shape), tensor.dtype) for tensor in cache])
+        assert state_slots or not states, "recurrent layers, and no slot for their states"
+        self._states = _array(
+            [self._zeros((state_slots, *tensor.shape), tensor.dtype) for tensor in states]
+        )
         # Tables that a step takes, and the tensors that it changes.
-        self._tables, self._cache = len(BatchTables._fields), [self._kv]
-        if states:
-            assert state_slots, "a model with recurrent layers and no slot for their states"
-            shapes = [((state_slots, *tensor.shape), tensor.dtype) for tensor in states]
-            self._cache.append(_array([self._zeros(*shape) for shape in shapes]))
-        else:
-            self._tables = BatchTables._fields.index("state_sources")
+        self._cache = (self._kv, self._states) if states else (self._kv,)
+        self._tables = len(BatchTables._fields) if states else _TABLES_OF_PAGES
 
     def _set_params(self, tensors: Sequence[Any]) -> None:
         if self.on_gpu:
@@ -218,6 +217,7 @@ class Executor:
         return tvm_runtime.copied_to(host, self.device) if self.on_gpu else host
 
 
+_TABLES_OF_PAGES = BatchTables._fields.index("state_sources")
 _NUMPY_BITS = {"bfloat16": "uint16"}
 # Up to so many numbers, a list's min and max are faster: between two steps NumPy's code has left
 # the processor's caches.

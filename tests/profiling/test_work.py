@@ -25,6 +25,7 @@ def test_work_of_a_llama(info: LibraryMetadata) -> None:
         layer_weights=LAYERS * LAYER,
         head_weights=VOCAB * HIDDEN,
         cache_bytes=LAYERS * 2 * KV_HEADS * DIM * 4,
+        state_bytes=0,
         pair_operations=LAYERS * Q_HEADS * DIM * 4,
     )
 
