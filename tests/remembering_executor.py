@@ -54,6 +54,10 @@ class RememberingExecutor:
         """All tokens before and at a row of sequence i, given those in its pages."""
         return seen
 
+    def peaks(self) -> None:
+        """There is no library that would compute them."""
+        return None
+
 
 class RecurrentExecutor(RememberingExecutor):
     """Remembers them in slots of a recurrent layer as well: a wrong slot is a wrong token."""

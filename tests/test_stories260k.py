@@ -72,12 +72,13 @@ def test_the_chat_command_tells_the_story(built, expected):
 
 
 # What transformers makes of the weights that a preset keeps. Four bits cost as much as they do
-# because the model is small: half a row of 64 weights shares a scale.
+# because the model is small: half a row of 64 weights shares a scale. So do the activations that
+# kernels for 4 bits round: to 8 bits it is 0.0022 more, to bfloat16, on CPUs with tiles, 0.0003.
 NLL = {"q0f32": 0.457346, "q0f16": 0.457346, "q4f16_1": 0.566921}
 
 
 @pytest.mark.parametrize(
-    ("preset", "tolerance"), [("q0f32", 5e-6), ("q0f16", 1e-3), ("q4f16_1", 1e-3)]
+    ("preset", "tolerance"), [("q0f32", 5e-6), ("q0f16", 1e-3), ("q4f16_1", 4e-3)]
 )
 def test_the_likelihood_of_a_text(built, expected, preset, tolerance, capsys):
     folder, library = built(preset)

@@ -9,6 +9,7 @@ from tvm.s_tir import dlight
 
 from relaxlm.compiler.kernels import cpu_attention, cpu_latent_attention, cuda_attention
 from relaxlm.compiler.kernels.attention import PageTensor
+from relaxlm.compiler.passes.add_peaks import AddPeaks
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_expert_matmul import LowerExpertMatmul
@@ -100,7 +101,11 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
         # Loop nests -> parallel loops, or grids of threads.
-        schedule_cpu() if lowering.kind == "cpu" else _gpu_schedules(),
+        *(
+            [schedule_cpu(), AddPeaks(lowering.config.vocab_size)]
+            if lowering.kind == "cpu"
+            else [_gpu_schedules()]
+        ),
     ]
 
 

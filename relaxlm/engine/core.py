@@ -183,7 +183,12 @@ class EngineCore:
         whole = picked == list(range(len(logits)))
         states = [branch.state for branch, _ in ready]
         chosen: list[tuple[Branch, list[Sampled | LibraryError]]] = []
-        results = sample(logits if whole else logits[picked], states)
+        peaks = self.executor.peaks()
+        results = sample(
+            logits if whole else logits[picked],
+            states,
+            peaks if whole or peaks is None else peaks[picked],
+        )
         for (branch, draft), first, result in zip(ready, picked, results, strict=True):
             tokens = [result]
             if draft:

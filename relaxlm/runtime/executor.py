@@ -75,6 +75,8 @@ class Executor:
         machine = tvm_runtime.machine(library.module, self.device)
         self._forward, self._copy = machine["forward"], machine["copy_pages"]
         self._hidden, self._embed = machine["hidden_states"], machine["embed"]
+        self._peaks: Any = None if self.on_gpu else machine["peaks"]
+        self._logits: Any = None
         # What `download` finds out about every tensor is known of these.
         self._read = tvm_runtime.download if self.on_gpu else np.from_dlpack
         self.limits, self.vocab_size = self.metadata.limits, self.metadata.vocab_size
@@ -130,7 +132,15 @@ class Executor:
         first, last = _bounds(logit_positions)
         assert 0 <= first and last < len(input_ids)
         inputs = self._inputs((input_ids, *tables[: self._tables], logit_positions))
-        return self._read(self._forward(*inputs, *self._cache, self._params))
+        self._logits = self._forward(*inputs, *self._cache, self._params)
+        return self._read(self._logits)
+
+    def peaks(self) -> np.ndarray | None:
+        """The largest of every few logits of the last step, [m, blocks] float32 (`peaks.py`).
+
+        None where logits are not chosen from on the device that computes them.
+        """
+        return None if self.on_gpu else self._read(self._peaks(self._logits))
 
     def hidden_states(self, tables: BatchTables, input_ids: np.ndarray) -> list[np.ndarray]:
         """The residual stream [n, hidden] float32 before the first layer and after each, and the

@@ -182,9 +182,12 @@ class Generator:
             for _ in replies[1:]:
                 forks.append(self.sequences.fork(seq))
             running = list(zip([seq, *forks], replies, strict=True))
-            logits = np.repeat(logits, len(replies), axis=0)
+            logits, peaks = np.repeat(logits, len(replies), axis=0), self.executor.peaks()
+            if peaks is not None:
+                peaks = np.repeat(peaks, len(replies), axis=0)
             while True:
-                chosen = _all_sampled(sample(logits, [reply.state for _, reply in running]))
+                states = [reply.state for _, reply in running]
+                chosen = _all_sampled(sample(logits, states, peaks))
                 timings.decode_tokens += len(running)
                 for (_, reply), sampled in zip(running, chosen, strict=True):
                     on_text(reply, reply.push(sampled))
@@ -200,6 +203,7 @@ class Generator:
                     np.array([reply.tokens[-1] for _, reply in running], np.int32),
                     np.arange(len(running), dtype=np.int32),
                 )
+                peaks = self.executor.peaks()
         finally:
             for fork in forks:
                 self.sequences.free(fork)

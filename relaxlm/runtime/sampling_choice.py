@@ -25,6 +25,7 @@ from itertools import accumulate
 import numpy as np
 
 from relaxlm.runtime.generation import GenerationConfig
+from relaxlm.runtime.peaks import largest_ids
 
 # Relative error of sums of float32 weights.
 ROUGH = 6e-6
@@ -69,6 +70,7 @@ class Logits:
         rounded: [vocab] float32, the largest finite or +inf (a rounded one).
         ids, values: [k] int64 and [k] float64: where `rounded` is not exact, and what is. An id
             that is there twice has the same value twice.
+        peaks: [blocks] float32 of `rounded` (`peaks.py`), where they are known.
     """
 
     def __init__(
@@ -76,8 +78,9 @@ class Logits:
         rounded: np.ndarray,
         ids: np.ndarray | None = None,
         values: np.ndarray | None = None,
+        peaks: np.ndarray | None = None,
     ) -> None:
-        self.rounded, self._ids, self._values = rounded, ids, values
+        self.rounded, self.peaks, self._ids, self._values = rounded, peaks, ids, values
 
     def __len__(self) -> int:
         return len(self.rounded)
@@ -109,7 +112,7 @@ class Logits:
             error: the relative error of the weights' sums; 0 for float64.
         """
         if not exact:
-            reference = float(self.rounded.max())
+            reference = float((self.rounded if self.peaks is None else self.peaks).max())
             if self._is_peaked(reference, temperature):
                 return self._rough_weights(reference, temperature), reference, ROUGH
         values = buffer("weights", len(self))
@@ -161,7 +164,7 @@ def choose(logits: Logits, config: GenerationConfig, uniform: float) -> int:
     values: np.ndarray | None = None
     if 0 < config.top_k < len(logits):
         if config.top_k <= _LISTED:
-            candidates = _candidates(logits.rounded, config.top_k)
+            candidates = _candidates(logits, config.top_k)
             if len(candidates) <= 2 * _LISTED:
                 return _choose_from_few(candidates, logits.of(candidates), config, uniform)
         ids, values = most_probable(logits, config.top_k)
@@ -213,7 +216,7 @@ def most_probable(logits: Logits, count: int) -> tuple[np.ndarray, np.ndarray]:
 
     Fewer if fewer are above -inf.
     """
-    ids = _candidates(logits.rounded, count)
+    ids = _candidates(logits, count)
     values = logits.of(ids)
     if len(ids) > count:
         place = len(ids) - count
@@ -222,8 +225,13 @@ def most_probable(logits: Logits, count: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, values
 
 
-def _candidates(rounded: np.ndarray, count: int) -> np.ndarray:
+def _candidates(logits: Logits, count: int) -> np.ndarray:
     """Ids, ascending, of logits above -inf; the `count` largest are among them."""
+    rounded = logits.rounded
+    if logits.peaks is not None:
+        found = largest_ids(rounded, logits.peaks, count)
+        if found is not None:
+            return found
     columns = len(rounded) // _COLUMN
     if count <= columns:  # each column has a logit that reaches its maximum
         table = rounded[: columns * _COLUMN].reshape(_COLUMN, columns)
