@@ -44,7 +44,12 @@ def largest_ids(row: np.ndarray, peaks: np.ndarray, count: int) -> np.ndarray | 
     bound = np.partition(peaks, place)[place]
     if bound == -np.inf:
         return None
-    ids: list[int] = []
-    for first in (np.flatnonzero(peaks >= bound) * BLOCK).tolist():
-        ids += (np.flatnonzero(row[first : first + BLOCK] >= bound) + first).tolist()
-    return np.array(ids, np.intp)
+    whole = len(row) // BLOCK
+    blocks = np.flatnonzero(peaks[:whole] >= bound)
+    # Places within the chosen blocks, then in the row.
+    places = np.flatnonzero(row[: whole * BLOCK].reshape(whole, BLOCK)[blocks] >= bound)
+    ids = blocks[places // BLOCK] * BLOCK + places % BLOCK
+    if len(peaks) > whole and peaks[whole] >= bound:
+        last = np.flatnonzero(row[whole * BLOCK :] >= bound) + whole * BLOCK
+        ids = np.concatenate([ids, last])
+    return ids
