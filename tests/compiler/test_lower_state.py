@@ -1,5 +1,6 @@
 """Recurrent operators of a model become kernels that keep what they should."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import cast
 
@@ -24,6 +25,7 @@ from relaxlm.models.state import (
     scan_state,
 )
 from tests import reference
+from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler, needs_cpu_memory
 
 HEADS, GROUPS, KEY, VALUE, TAPS = 4, 2, 8, 16, 4
 WIDTH = HEADS * VALUE
@@ -79,15 +81,25 @@ def module(kind: str, states: tuple[StateTensor, ...] = STATES) -> tvm.IRModule:
     return builder.finalize()
 
 
-def test_operators_become_kernels_that_write_the_states() -> None:
-    target = resolve_device("cpu").tvm_target(2)
-    with target:
-        mod = relax.transform.LegalizeOps()(module("cpu"))
-        mod = relax.transform.DeadCodeElimination(["forward"])(mod)
-        mod = tvm.transform.Sequential([*memory_passes(), *instruction_passes()])(mod)
-    built = tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential([]))
-    vm = relax.VirtualMachine(built, tvm.cpu())
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[needs_compiler, needs_cpu_memory])])
+def machine(request: pytest.FixtureRequest) -> Iterator[tuple]:
+    """The compiled function, and what makes its tensors."""
+    if request.param == "cpu":
+        target = resolve_device("cpu").tvm_target(2)
+        with target:
+            mod = relax.transform.DeadCodeElimination(["forward"])(module("cpu"))
+            mod = relax.transform.LegalizeOps()(mod)
+            mod = tvm.transform.Sequential([*memory_passes(), *instruction_passes()])(mod)
+        built = tvm.compile(mod, target=target, relax_pipeline=tvm.transform.Sequential([]))
+        yield relax.VirtualMachine(built, tvm.cpu())["forward"], tvm.runtime.tensor
+        return
+    with CudaEmulation("random") as cuda:
+        built = tvm.compile(module("cuda"), target=cuda.target)
+        yield relax.VirtualMachine(built.mod, tvm.cuda())["forward"], cuda.tensor
 
+
+def test_operators_become_kernels_that_write_the_states(machine: tuple) -> None:
+    forward, tensors = machine
     rng = np.random.default_rng(1)
     lengths, sources, targets = [2, 5], [4, 0], [1, 0]
     n = sum(lengths)
@@ -96,9 +108,8 @@ def test_operators_become_kernels_that_write_the_states() -> None:
     decay = rng.uniform(0.5, 0.9, (n, HEADS)).astype("float32")
     states = [rng.standard_normal((6, *state.shape)).astype("float32") for state in STATES]
     tables = [np.array(t, "int32") for t in ([7, 8, *range(5)], [0, 2, 7], sources, targets)]
-    tensors = tvm.runtime.tensor
     held = tuple(map(tensors, states))
-    out = vm["forward"](*map(tensors, (x, q, k, decay, weight, *tables)), held).numpy()
+    out = forward(*map(tensors, (x, q, k, decay, weight, *tables)), held).numpy()
 
     for start, end, source, slot in ((0, 2, 4, 1), (2, 7, None, 0)):
         shift, conv, scan = (s[source] if source else np.zeros_like(s[0]) for s in states)
@@ -127,5 +138,5 @@ def test_other_calls_are_left_alone() -> None:
 
 
 def test_other_targets_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match=f"{PREVIOUS_ROW} is not supported on cuda"):
-        module("cuda")
+    with pytest.raises(UnsupportedError, match=f"{PREVIOUS_ROW} is not supported on metal"):
+        module("metal")

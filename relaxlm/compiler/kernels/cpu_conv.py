@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
 from relaxlm.compiler.kernels.cpu_elementwise import for_each_row, span
-from relaxlm.compiler.kernels.state import ConvShape, StateSlots
+from relaxlm.compiler.kernels.state import ConvShape, StateSlots, find_sequence
 from relaxlm.compiler.kernels.vector import multiply_add, silu, splat, to_float32, vector
 
 
@@ -132,19 +132,6 @@ def previous_row_kernel(size: int, dtype: str, state_dtype: str) -> tirx.PrimFun
         keep_all(slots, size, keep)
 
     return emit(body)
-
-
-def find_sequence(slots: StateSlots, row: Expr, between: tirx.Buffer) -> None:
-    """Emit a search: between[0] becomes the sequence that a row belongs to."""
-    T.buffer_store(between, T.int64(0), [0])
-    T.buffer_store(between, slots.batch, [1])
-    with T.While(between[1] - between[0] > 1):
-        middle = (between[0] + between[1]) // 2
-        with T.If(slots.start(middle) <= row):
-            with T.Then():
-                T.buffer_store(between, middle, [0])
-            with T.Else():
-                T.buffer_store(between, middle, [1])
 
 
 def keep_all(slots: StateSlots, elements: int, keep) -> None:

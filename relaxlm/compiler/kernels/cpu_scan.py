@@ -23,10 +23,10 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
+from relaxlm.compiler.kernels.builder import emit, scratch
 from relaxlm.compiler.kernels.cpu_elementwise import span, sum_of
 from relaxlm.compiler.kernels.cpu_gemv import LINE, fetch
-from relaxlm.compiler.kernels.state import ScanShape, StateSlots
+from relaxlm.compiler.kernels.state import ScanShape, Tokens
 from relaxlm.compiler.kernels.vector import (
     VectorUnit,
     multiply_add,
@@ -41,61 +41,6 @@ from relaxlm.compiler.kernels.vector import (
 AHEAD = 2
 # Bytes of a block, at most.
 BLOCK_BYTES = 32 << 10
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What the tokens of a step bring, and what they get: parameters of a kernel."""
-
-    shape: ScanShape
-    q: tirx.Buffer
-    k: tirx.Buffer
-    v: tirx.Buffer
-    decay: tirx.Buffer
-    removal: list[tirx.Buffer]
-    strength: tirx.Buffer | None
-    bonus: tirx.Buffer | None
-    slots: StateSlots
-    out: tirx.Buffer
-
-    @staticmethod
-    def declare(shape: ScanShape) -> "Tokens":
-        """Declare the parameters, in order."""
-        n, heads, key_dim, value_dim = length("n"), shape.heads, shape.key_dim, shape.value_dim
-        per_key = (n, heads, key_dim)
-        return Tokens(
-            shape,
-            tensor("q", (n, shape.groups, key_dim), shape.dtype),
-            tensor("k", (n, shape.groups, key_dim), shape.dtype),
-            tensor("v", (n, heads, value_dim), shape.dtype),
-            tensor("decay", per_key if shape.decay_per_key else (n, heads), "float32"),
-            [tensor(name, per_key, "float32") for name in ("a", "b") if shape.removal],
-            tensor("strength", (n, heads), "float32") if shape.strength else None,
-            tensor("bonus", (heads, key_dim), "float32") if shape.bonus else None,
-            StateSlots.declare(n, (heads, key_dim, value_dim), "float32"),
-            tensor("out", (n, heads, value_dim), shape.dtype),
-        )
-
-    def query(self, row: Expr, head: Expr, i: Expr) -> Expr:
-        return T.cast(self.q[row, head // self.shape.share, i], "float32")
-
-    def key(self, row: Expr, head: Expr, i: Expr) -> Expr:
-        return T.cast(self.k[row, head // self.shape.share, i], "float32")
-
-    def kept(self, row: Expr, head: Expr, i: Expr) -> Expr:
-        return self.decay[row, head, i] if self.shape.decay_per_key else self.decay[row, head]
-
-    def fetch(self, row: Expr, head: Expr, first: Expr, width: int) -> None:
-        """Rows of a token are far from those of the token before it."""
-        shape = self.shape
-        keys = [self.decay, *self.removal] if shape.decay_per_key else self.removal
-        whole = [(self.q, head // shape.share), (self.k, head // shape.share)]
-        spans = [(buffer, at, 0, shape.key_dim) for buffer, at in whole]
-        spans += [(buffer, head, 0, shape.key_dim) for buffer in keys]
-        spans += [(buffer, head, first, width) for buffer in (self.v, self.out)]
-        for buffer, index, start, size in spans:
-            for at in range(0, size, LINE * 8 // tvm.DataType(str(buffer.dtype)).bits):
-                prefetch(T.address_of(buffer[row, index, start + at]))
 
 
 @dataclass(frozen=True)
@@ -182,7 +127,7 @@ class _Task:
     def token(self, row: Expr) -> None:
         """One that is not the last."""
         vectors = self.vectors
-        self.tokens.fetch(row + AHEAD, self.head, self.first, vectors.width)
+        fetch_token(self.tokens, row + AHEAD, self.head, self.first, vectors.width)
         self.prepare(row)
         vectors.zero(self.next_found, self.next_total)
         with T.serial(self.shape.key_dim) as i:
@@ -273,6 +218,19 @@ class _Task:
             result = T.cast(self.vectors.get(self.total, at), dtype)
             place = [row, self.head, span(self.first + at, self.vectors.lanes)]
             T.buffer_store(self.tokens.out, result, place)
+
+
+def fetch_token(tokens: Tokens, row: Expr, head: Expr, first: Expr, width: int) -> None:
+    """Emit requests for what a token brings: its rows are far from those of the one before it."""
+    shape = tokens.shape
+    keys = [tokens.decay, *tokens.removal] if shape.decay_per_key else tokens.removal
+    whole = [(tokens.q, head // shape.share), (tokens.k, head // shape.share)]
+    spans = [(buffer, at, 0, shape.key_dim) for buffer, at in whole]
+    spans += [(buffer, head, 0, shape.key_dim) for buffer in keys]
+    spans += [(buffer, head, first, width) for buffer in (tokens.v, tokens.out)]
+    for buffer, index, start, size in spans:
+        for at in range(0, size, LINE * 8 // tvm.DataType(str(buffer.dtype)).bits):
+            prefetch(T.address_of(buffer[row, index, start + at]))
 
 
 def block_vectors(shape: ScanShape, unit: VectorUnit, most: int) -> _Vectors:

@@ -98,3 +98,59 @@ class StateSlots:
 
     def target(self, sequence: Expr) -> Expr:
         return T.cast(self.targets[sequence], "int64")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the tokens of a step bring, and what they get: parameters of a kernel."""
+
+    shape: ScanShape
+    q: tirx.Buffer
+    k: tirx.Buffer
+    v: tirx.Buffer
+    decay: tirx.Buffer
+    removal: list[tirx.Buffer]
+    strength: tirx.Buffer | None
+    bonus: tirx.Buffer | None
+    slots: StateSlots
+    out: tirx.Buffer
+
+    @staticmethod
+    def declare(shape: ScanShape) -> "Tokens":
+        """Declare the parameters, in order."""
+        n, heads, key_dim, value_dim = length("n"), shape.heads, shape.key_dim, shape.value_dim
+        per_key = (n, heads, key_dim)
+        return Tokens(
+            shape,
+            tensor("q", (n, shape.groups, key_dim), shape.dtype),
+            tensor("k", (n, shape.groups, key_dim), shape.dtype),
+            tensor("v", (n, heads, value_dim), shape.dtype),
+            tensor("decay", per_key if shape.decay_per_key else (n, heads), "float32"),
+            [tensor(name, per_key, "float32") for name in ("a", "b") if shape.removal],
+            tensor("strength", (n, heads), "float32") if shape.strength else None,
+            tensor("bonus", (heads, key_dim), "float32") if shape.bonus else None,
+            StateSlots.declare(n, (heads, key_dim, value_dim), "float32"),
+            tensor("out", (n, heads, value_dim), shape.dtype),
+        )
+
+    def query(self, row: Expr, head: Expr, i: Expr) -> Expr:
+        return T.cast(self.q[row, head // self.shape.share, i], "float32")
+
+    def key(self, row: Expr, head: Expr, i: Expr) -> Expr:
+        return T.cast(self.k[row, head // self.shape.share, i], "float32")
+
+    def kept(self, row: Expr, head: Expr, i: Expr) -> Expr:
+        return self.decay[row, head, i] if self.shape.decay_per_key else self.decay[row, head]
+
+
+def find_sequence(slots: StateSlots, row: Expr, between: tirx.Buffer) -> None:
+    """Emit a search: between[0] becomes the sequence that a row belongs to."""
+    T.buffer_store(between, T.int64(0), [0])
+    T.buffer_store(between, slots.batch, [1])
+    with T.While(between[1] - between[0] > 1):
+        middle = (between[0] + between[1]) // 2
+        with T.If(slots.start(middle) <= row):
+            with T.Then():
+                T.buffer_store(between, middle, [0])
+            with T.Else():
+                T.buffer_store(between, middle, [1])

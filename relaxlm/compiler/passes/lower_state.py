@@ -10,12 +10,12 @@ one that touches its state, so that the order of operators does not matter.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import tvm
 from tvm import relax, tirx
 
-from relaxlm.compiler.kernels.cpu_conv import conv_kernel, previous_row_kernel
-from relaxlm.compiler.kernels.cpu_scan import scan_kernel
+from relaxlm.compiler.kernels import cpu_conv, cpu_scan, cuda_state
 from relaxlm.compiler.kernels.state import ConvShape, ScanShape
 from relaxlm.compiler.kernels.vector import vector_unit
 from relaxlm.compiler.passes.signature import PagedSignature
@@ -29,6 +29,27 @@ from relaxlm.models.state import (
     row_state,
     scan_state,
 )
+
+
+@dataclass(frozen=True)
+class StateKernels:
+    """The kernels of one target."""
+
+    scan: Callable[[ScanShape], tirx.PrimFunc]
+    conv: Callable[[ConvShape], tirx.PrimFunc]
+    previous_row: Callable[[int, str, str], tirx.PrimFunc]
+
+
+def _cpu_scan(shape: ScanShape) -> tirx.PrimFunc:
+    return cpu_scan.scan_kernel(shape, vector_unit(tvm.target.Target.current()))
+
+
+KERNELS = {
+    "cpu": StateKernels(_cpu_scan, cpu_conv.conv_kernel, cpu_conv.previous_row_kernel),
+    "cuda": StateKernels(
+        cuda_state.scan_kernel, cuda_state.conv_kernel, cuda_state.previous_row_kernel
+    ),
+}
 
 # Name of a kernel, the kernel, tensors it reads, layer, and what the operator keeps.
 Lowered = tuple[str, tirx.PrimFunc, Sequence[relax.Expr], int, StateTensor]
@@ -54,11 +75,13 @@ def lower_state_operator(
     operator = str(call.args[0].global_symbol)
     if operator not in operators:
         return None
-    if kind != "cpu":
+    if kind not in KERNELS:
         raise UnsupportedError(
             f"{operator} is not supported on {kind}. Compile for the CPU: --device cpu"
         )
-    name, kernel, inputs, layer, state = operators[operator](*call.args[1].fields[1:])
+    name, kernel, inputs, layer, state = operators[operator](
+        KERNELS[kind], *call.args[1].fields[1:]
+    )
     place = signature.state_index[layer, state.name]
     slots = builder.emit(relax.TupleGetItem(signature.states, place))
     shape = tuple(int(extent) for extent in list(slots.ty.shape)[1:])
@@ -74,7 +97,7 @@ def lower_state_operator(
     return relax.TupleGetItem(builder.emit(both), 0)
 
 
-def _scan(q, k, v, decay, layer, removal, strength, bonus, *optional) -> Lowered:
+def _scan(kernels, q, k, v, decay, layer, removal, strength, bonus, *optional) -> Lowered:
     groups, key_dim = (int(extent) for extent in list(q.ty.shape)[1:])
     heads, value_dim = (int(extent) for extent in list(v.ty.shape)[1:])
     shape = ScanShape(
@@ -91,12 +114,11 @@ def _scan(q, k, v, decay, layer, removal, strength, bonus, *optional) -> Lowered
     assert heads % groups == 0, f"{heads} heads cannot share {groups} groups of q and k"
     assert str(q.ty.dtype) == str(k.ty.dtype) == shape.dtype
     assert all(str(x.ty.dtype) == "float32" for x in (decay, *optional))
-    kernel = scan_kernel(shape, vector_unit(tvm.target.Target.current()))
     state = scan_state(heads, key_dim, value_dim)
-    return "linear_scan", kernel, [q, k, v, decay, *optional], int(layer.value), state
+    return "linear_scan", kernels.scan(shape), [q, k, v, decay, *optional], int(layer.value), state
 
 
-def _conv(x, weight, layer, silu, *bias) -> Lowered:
+def _conv(kernels, x, weight, layer, silu, *bias) -> Lowered:
     channels, taps = (int(extent) for extent in weight.ty.shape)
     assert taps > 1, "a convolution of one tap is a product"
     shape = ConvShape(
@@ -108,11 +130,11 @@ def _conv(x, weight, layer, silu, *bias) -> Lowered:
         dtype=str(x.ty.dtype),
     )
     state = conv_state(channels, taps)
-    return "causal_conv", conv_kernel(shape), [x, weight, *bias], int(layer.value), state
+    return "causal_conv", kernels.conv(shape), [x, weight, *bias], int(layer.value), state
 
 
-def _previous_row(x, layer, name) -> Lowered:
+def _previous_row(kernels, x, layer, name) -> Lowered:
     size = int(x.ty.shape[1])
     state = row_state(str(name.value), size)
-    kernel = previous_row_kernel(size, str(x.ty.dtype), state.dtype)
+    kernel = kernels.previous_row(size, str(x.ty.dtype), state.dtype)
     return "previous_row", kernel, [x], int(layer.value), state
