@@ -18,7 +18,16 @@ from tvm.relax.frontend.nn.exporter import Exporter
 from tvm.relax.frontend.nn.spec import ModuleSpec
 
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import Decoder, Head, Norm, RMSNorm, rotate, scaled, take_rows
+from relaxlm.models.layers import (
+    Decoder,
+    Float32Parameter,
+    Head,
+    Norm,
+    RMSNorm,
+    rotate,
+    scaled,
+    take_rows,
+)
 from relaxlm.models.weights import ParameterSpec, Role, Source
 
 PAGED_ATTENTION = "relaxlm.paged_attention"
@@ -285,11 +294,15 @@ class CausalLM(nn.Module):
             ParameterSpec(
                 _renamed(name, self.published_names),
                 shape,
-                self._role(name, shape),
+                "float32" if is_float32 else self._role(name, shape),
                 tuple(self._with_names(source) for source in self._sources(name, shape)),
             )
-            for name, shape in (
-                (name, tuple(int(extent) for extent in parameter.shape))
+            for name, shape, is_float32 in (
+                (
+                    name,
+                    tuple(int(extent) for extent in parameter.shape),
+                    isinstance(parameter, Float32Parameter),
+                )
                 for name, parameter in self.named_parameters()
             )
         ]

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
-from tvm import te, tirx
 from tvm.relax.frontend.nn import Tensor, op
 
 from relaxlm.errors import ConfigError
 from relaxlm.models.latent import LatentAttention, LatentConfig, projection_source
 from relaxlm.models.layers import Block, GatedMLP
-from relaxlm.models.moe import MoEConfig, MoELM, SparseMLP, choose, weighted_sum
+from relaxlm.models.moe import MoEConfig, MoELM, SharedMLP
+from relaxlm.models.routing import choose, limit_to_groups
 from relaxlm.models.weights import Role, Source
 
 
@@ -71,42 +71,34 @@ class Config(LatentConfig, MoEConfig):
         return self.moe_intermediate_size
 
 
-class SharedMLP(SparseMLP):
-    """Experts that a router chooses, and some that every token passes, as one MLP."""
-
+class RoutedMLP(SharedMLP):
     config: Config
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
+        super().__init__(config, config.mlp_bias)
         if config.num_experts_per_tok == 0:
             raise ConfigError(
                 "config.json: num_experts_per_tok is missing, and layers have experts"
             )
-        size = config.moe_intermediate_size * config.n_shared_experts
-        shared = config.model_copy(update={"intermediate_size": size})
-        self.shared_experts = GatedMLP(shared, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        config, each = self.config, self.config.num_experts_per_tok
-        scores = op.softmax(self.gate(x), axis=-1)
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        config, scores = self.config, op.softmax(self.gate(x), axis=-1)
         if config.topk_method == "group_limited_greedy":
             scores = limit_to_groups(scores, config.n_group, config.topk_group)
-        share, chosen = choose(scores, each)
-        gate, up = op.split(self.moe_gate_up_proj(x, chosen, each), 2, axis=-1)
-        routed = self.moe_down_proj(self.activation(gate) * up, chosen, 1)
-        share = share * config.routed_scaling_factor
-        return weighted_sum(routed, share) + self.shared_experts(x)
+        share, chosen = choose(scores, config.num_experts_per_tok)
+        return share * config.routed_scaling_factor, chosen
 
 
 class Model(MoELM):
     config: Config
     fused: ClassVar[dict[str, tuple[str, ...]]] = {"gate_up_proj": ("gate_proj", "up_proj")}
+    routed_mlp: ClassVar[type[SharedMLP]] = RoutedMLP
 
     def __init__(self, config: Config) -> None:
         def mlp(layer: int) -> GatedMLP | SharedMLP:
             if layer < config.first_k_dense_replace:
                 return GatedMLP(config, config.mlp_bias)
-            return SharedMLP(config)
+            return self.routed_mlp(config)
 
         layers = range(config.num_hidden_layers)
         super().__init__(config, [Block(config, LatentAttention(config), mlp(i)) for i in layers])
@@ -119,34 +111,3 @@ class Model(MoELM):
         if name.endswith(("w_uk", "w_uv")):
             return (projection_source(name, self.config),)
         return super()._sources(name, shape)
-
-
-def limit_to_groups(scores: Tensor, groups: int, kept: int) -> Tensor:
-    """Zeros for all experts but those of the `kept` groups with the best experts.
-
-    Args:
-        scores: [n, E] float32, in groups of E / groups; none below zero.
-    """
-    n, experts = scores.shape
-    each = int(experts) // groups
-    best = op.max(op.reshape(scores, (n, groups, each)), axis=-1)
-
-    def compute(scores: te.Tensor, best: te.Tensor, others: te.Tensor) -> te.Tensor:
-        other = te.reduce_axis((0, groups), "other")
-
-        def is_before(i, g):
-            tied = tirx.And(others[i, other] == best[i, g], other < g)
-            return tirx.Or(others[i, other] > best[i, g], tied).astype("int32")
-
-        ranks = te.compute(
-            best.shape, lambda i, g: te.sum(is_before(i, g), axis=other), name="group_ranks"
-        )
-        return te.compute(
-            scores.shape,
-            lambda i, e: tirx.Select(
-                ranks[i, e // each] < kept, scores[i, e], tirx.const(0.0, "float32")
-            ),
-            name="limit_to_groups",
-        )
-
-    return op.tensor_expr_op(compute, "limit_to_groups", [scores, best, best])

@@ -36,6 +36,8 @@ class LatentConfig(DecoderConfig):
     kv_lora_rank: PositiveInt
     qk_nope_head_dim: PositiveInt
     qk_rope_head_dim: PositiveInt
+    # The sum of the two, which transformers 5 writes out.
+    qk_head_dim: PositiveInt
     v_head_dim: PositiveInt
     attention_bias: bool
 
@@ -43,17 +45,26 @@ class LatentConfig(DecoderConfig):
     absent_q_lora_rank: ClassVar[int]
 
     @model_validator(mode="after")
-    def _all_heads_share_the_latent(self) -> "LatentConfig":
+    def _heads_fit(self) -> "LatentConfig":
         if self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads}: with latent attention expected "
                 f"as many as num_attention_heads = {self.num_attention_heads}"
+            )
+        both = self.qk_nope_head_dim + self.qk_rope_head_dim
+        if self.qk_head_dim != both:
+            raise ValueError(
+                f"qk_head_dim = {self.qk_head_dim}, expected the sum of qk_nope_head_dim and "
+                f"qk_rope_head_dim, {both}"
             )
         return self
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> "DecoderConfig":
         values = {"q_lora_rank": cls.absent_q_lora_rank, **cls.absent, **raw}
+        nope, rope = values.get("qk_nope_head_dim"), values.get("qk_rope_head_dim")
+        if isinstance(nope, int) and isinstance(rope, int):
+            values.setdefault("qk_head_dim", nope + rope)
         # What turns is a head of its own.
         return super().read({**values, "head_dim": values.get("qk_rope_head_dim")}, where)
 
@@ -63,7 +74,7 @@ class LatentConfig(DecoderConfig):
 
     @property
     def attention_scale(self) -> float:
-        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+        scale = self.qk_head_dim**-0.5
         if isinstance(self.rope, YarnRope) and self.rope.mscale_all_dim:
             scale *= yarn_mscale(self.rope.scale, self.rope.mscale_all_dim) ** 2
         return scale

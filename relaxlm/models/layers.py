@@ -100,6 +100,16 @@ def _square(value):
     return value * value
 
 
+class Float32Parameter(nn.Parameter):
+    """A parameter that is float32 in whatever dtype the model computes, and is stored so."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__(shape, "float32")
+
+    def to(self, dtype: str | None = None) -> None:
+        """Stays as it is."""
+
+
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)), [n, hidden] -> [n, hidden] (Shazeer 2020, arXiv:2002.05202).
 

@@ -3,20 +3,21 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from pydantic import PositiveInt
-from tvm import te, tirx
+from pydantic import NonNegativeInt, PositiveInt
+from tvm import te
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from relaxlm.models.base import CausalLM
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import ACTIVATIONS
+from relaxlm.models.layers import ACTIVATIONS, GatedMLP
+from relaxlm.models.routing import choose
 from relaxlm.models.weights import Role, Source
 
 # An abstract operator, which `compiler/passes/lower_expert_matmul.py` turns into kernels.
 EXPERT_MATMUL = "relaxlm.expert_matmul"
 
-# Routers with more outputs than this are stored like other matrices, as in folders for MLC.
+# Outputs of the largest router that folders for MLC do not quantize.
 FLOAT_GATE_OUTPUTS = 256
 
 
@@ -26,10 +27,15 @@ class MoEConfig(DecoderConfig):
     Attributes:
         num_experts: of a layer.
         num_experts_per_tok: how many of them a token passes.
+        n_shared_experts: how many others every token passes.
+        num_nextn_predict_layers: behind the last one in the checkpoint, layers that guess further
+            tokens. They are not compiled, and their tensors stay unused.
     """
 
     num_experts: PositiveInt
     num_experts_per_tok: PositiveInt
+    n_shared_experts: NonNegativeInt = 0
+    num_nextn_predict_layers: NonNegativeInt = 0
 
     @property
     def expert_size(self) -> int:
@@ -75,13 +81,36 @@ class SparseMLP(nn.Module):
         self.moe_gate_up_proj = Experts(experts, hidden, 2 * inner)
         self.moe_down_proj = Experts(experts, inner, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        each = self.config.num_experts_per_tok
-        share, chosen = choose(op.softmax(self.gate(x), axis=-1), each)
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of every row and their weights: [n, each] float32 and int32."""
+        share, chosen = choose(op.softmax(self.gate(x), axis=-1), self.config.num_experts_per_tok)
         if self.config.norm_experts:
             share = share / op.sum(share, axis=-1, keepdims=True)
-        gate, up = op.split(self.moe_gate_up_proj(x, chosen, each), 2, axis=-1)
+        return share, chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        share, chosen = self.route(x)
+        gate_up = self.moe_gate_up_proj(x, chosen, self.config.num_experts_per_tok)
+        gate, up = op.split(gate_up, 2, axis=-1)
         return weighted_sum(self.moe_down_proj(self.activation(gate) * up, chosen, 1), share)
+
+
+class SharedMLP(SparseMLP):
+    """Experts that a router chooses, and `shared_experts` that every token passes, as one MLP.
+
+    Args:
+        bias: whether the shared ones have biases.
+    """
+
+    def __init__(self, config: MoEConfig, bias: bool = False) -> None:
+        super().__init__(config)
+        shared = config.n_shared_experts
+        wide = config.model_copy(update={"intermediate_size": config.expert_size * shared})
+        self.shared_experts = GatedMLP(wide, bias) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        routed = super().forward(x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
 
 class MoELM(CausalLM):
@@ -93,11 +122,19 @@ class MoELM(CausalLM):
         "moe_down_proj": ("down_proj",),
     }
 
+    # Routers with more outputs than this are stored like other matrices.
+    float_gate_outputs: ClassVar[int] = FLOAT_GATE_OUTPUTS
+
+    def ignored_sources(self) -> tuple[str, ...]:
+        first = self.config.num_hidden_layers
+        behind = range(first, first + getattr(self.config, "num_nextn_predict_layers", 0))
+        return (*super().ignored_sources(), *(f"model.layers.{layer}.*" for layer in behind))
+
     def _role(self, name: str, shape: tuple[int, ...]) -> Role:
         if len(shape) == 3:
             return "expert"
         is_gate = name.removesuffix(".weight").endswith("gate")
-        if is_gate and shape[0] <= FLOAT_GATE_OUTPUTS:
+        if is_gate and shape[0] <= self.float_gate_outputs:
             return "vector"
         return super()._role(name, shape)
 
@@ -122,44 +159,6 @@ class MoELM(CausalLM):
                 for piece in self.fused[part]
             )
         return super()._sources(name, shape)
-
-
-def choose(probabilities: Tensor, each: int) -> tuple[Tensor, Tensor]:
-    """The `each` largest of every row of [n, E] float32, the largest first.
-
-    Of equal ones the first is taken. Numbers of experts are in range even if there is NaN.
-
-    Returns:
-        Their values [n, each] float32 and places [n, each] int32.
-    """
-    experts = int(probabilities.shape[1])
-
-    def compute_ranks(p: te.Tensor) -> te.Tensor:
-        other = te.reduce_axis((0, experts), "other")
-
-        def is_before(i, e):
-            tied = tirx.And(p[i, other] == p[i, e], other < e)
-            return tirx.Or(p[i, other] > p[i, e], tied).astype("int32")
-
-        return te.compute(
-            p.shape, lambda i, e: te.sum(is_before(i, e), axis=other), name="expert_ranks"
-        )
-
-    def compute_chosen(ranks: te.Tensor) -> te.Tensor:
-        e = te.reduce_axis((0, experts), "e")
-
-        def place(i, j):
-            last = tirx.const(experts - 1, "int32")
-            return te.min(tirx.Select(ranks[i, e] == j, e.var.astype("int32"), last), axis=e)
-
-        return te.compute((ranks.shape[0], each), place, name="chosen_experts")
-
-    def compute_values(p: te.Tensor, chosen: te.Tensor) -> te.Tensor:
-        return te.compute(chosen.shape, lambda i, j: p[i, chosen[i, j]], name="expert_weights")
-
-    ranks = op.tensor_expr_op(compute_ranks, "expert_ranks", [probabilities])
-    chosen = op.tensor_expr_op(compute_chosen, "chosen_experts", [ranks])
-    return op.tensor_expr_op(compute_values, "expert_weights", [probabilities, chosen]), chosen
 
 
 def weighted_sum(x: Tensor, share: Tensor) -> Tensor:

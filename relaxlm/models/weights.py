@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-Role = Literal["linear", "expert", "embedding", "lm_head", "vector"]
+Role = Literal["linear", "expert", "embedding", "lm_head", "vector", "float32"]
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,11 @@ class Source:
 
     Attributes:
         shape: in the checkpoint.
-        view: its elements in the order of the parameter's rows, as a view of the array it gets
-            (a transposition, heads along the first axis, or some of them); None where that is
-            their order.
+        index: the parameter's values are those at one place of the tensor's first axis, such as an
+            expert's matrix of all of them; None where the whole tensor is the parameter's.
+        view: its elements (at `index`) in the order of the parameter's rows, as a view of the array
+            it gets (a transposition, heads along the first axis, or some of them); None where that
+            is their order.
         order: the i-th piece of the parameter is the order[i]-th along the first axis of the view.
         shift: added to every value, for norms that are stored as what they differ from 1 by.
         other_names: what other checkpoints of the family call it. One checkpoint has one of them.
@@ -33,6 +35,7 @@ class Source:
     shift: float = 0.0
     other_names: tuple[str, ...] = ()
     twins: tuple[str, ...] = ()
+    index: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,11 +51,16 @@ class Source:
         return replace(self, name=there[0], other_names=others)
 
     @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of what `view` gets."""
+        return self.shape if self.index is None else self.shape[1:]
+
+    @property
     def size(self) -> int:
         """How many values of the tensor are the parameter's."""
         if self.view is None:
-            return math.prod(self.shape)
-        return self.view(np.broadcast_to(np.float32(0), self.shape)).size
+            return math.prod(self.part_shape)
+        return self.view(np.broadcast_to(np.float32(0), self.part_shape)).size
 
     @property
     def is_changed(self) -> bool:
@@ -60,14 +68,19 @@ class Source:
 
     def values(self, tensor: np.ndarray) -> np.ndarray:
         """What of the parameter a tensor of the checkpoint stands for, in row-major order."""
-        found = tensor if self.view is None else np.ascontiguousarray(self.view(tensor))
+        return self.part_values(tensor if self.index is None else tensor[self.index])
+
+    def part_values(self, part: np.ndarray) -> np.ndarray:
+        """The same of what there is at `index`, or of some rows where there is no view."""
+        found = part if self.view is None else np.ascontiguousarray(self.view(part))
         if self.order is not None:
             found = found[list(self.order)]
         return found + found.dtype.type(self.shift) if self.shift else found
 
     def put_back(self, tensor: np.ndarray, values: np.ndarray) -> None:
         """Write `values`, as `self.values` returns them, into a tensor of the checkpoint."""
-        place = tensor if self.view is None else self.view(tensor)
+        part = tensor if self.index is None else tensor[self.index]
+        place = part if self.view is None else self.view(part)
         chosen = slice(None) if self.order is None else list(self.order)
         place[chosen] = (values - values.dtype.type(self.shift)).reshape(place.shape)
 
@@ -79,7 +92,7 @@ class ParameterSpec:
     `shape` is [out, in] for matrices, [experts, out, in] for those of experts. `sources` are
     concatenated along axis 0 in the order given, each a whole number of its rows, or of the rows of
     an expert's matrix. `role` decides how a quantization scheme stores it; a "vector" (norm, bias,
-    router) is never quantized.
+    router) is never quantized, and "float32" is stored so by every scheme.
     """
 
     name: str

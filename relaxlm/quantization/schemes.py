@@ -36,14 +36,19 @@ class Scheme:
             "embedding": self.embedding,
             "lm_head": self.lm_head,
             "vector": None,
+            "float32": None,
         }
         return formats[role]
+
+    def plain_dtype(self, role: Role) -> str:
+        """The dtype of a parameter that is not quantized."""
+        return "float32" if role == "float32" else self.dtype
 
     def storage(self, spec: ParameterSpec) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, dtype) of the stored tensors of one parameter, in storage order."""
         quant = self.for_role(spec.role)
         if quant is None:
-            return {spec.name: (spec.shape, self.dtype)}
+            return {spec.name: (spec.shape, self.plain_dtype(spec.role))}
         stem = stem_of(spec.name)
         return {f"{stem}.{part}": stored for part, stored in quant.storage(spec.shape).items()}
 

@@ -84,12 +84,16 @@ class QuantizeParameters:
     def _check(self, name: str, function: relax.Function) -> None:
         for param in function.params[int(function.attrs["num_input"]) :]:
             spec = self.specs.get(param.name)
-            expected = spec and relax.TensorType(spec.shape, self.dtype)
+            expected = spec and relax.TensorType(spec.shape, self._dtype_of(spec))
             if expected is None or not structural_equal(param.ty, expected):
                 raise ValueError(
                     f"{name}: parameter {param.name} of type {param.ty} is not a parameter of the "
                     f"model in {self.dtype}; has QuantizeParameters run already?"
                 )
+
+    def _dtype_of(self, spec: ParameterSpec) -> str:
+        """In the model's IR, before this pass."""
+        return "float32" if spec.role == "float32" else self.dtype
 
 
 @mutator
@@ -124,7 +128,7 @@ class _Rewriter(PyExprMutator):
         spec, stored = self.specs[var.name], self.stored[var]
         quant = self.scheme.for_role(spec.role)
         if quant is None:
-            same = stored[0].ty.dtype == self.dtype
+            same = stored[0].ty.dtype in (self.dtype, var.ty.dtype)
             return stored[0] if same else self.builder_.emit(relax.op.astype(stored[0], self.dtype))
 
         def dequantize(words: te.Tensor, scales: te.Tensor) -> te.Tensor:

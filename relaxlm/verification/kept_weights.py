@@ -95,7 +95,7 @@ class _Stored:
     """One parameter in the form in which the folder stores it."""
 
     def __init__(self, spec: ParameterSpec, scheme: Scheme, weights: WeightFolder) -> None:
-        self.spec, self.dtype = spec, scheme.dtype
+        self.spec, self.dtype = spec, scheme.plain_dtype(spec.role)
         self.quant: GroupQuant | None = scheme.for_role(spec.role)
         names = scheme.storage(spec)
         self.arrays = {name.rpartition(".")[2]: weights.load(name) for name in names}

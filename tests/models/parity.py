@@ -11,7 +11,7 @@ from relaxlm.compiler.build import compile_model
 from relaxlm.compiler.options import CompileOptions
 from relaxlm.compiler.target import DeviceTarget, resolve_device
 from relaxlm.models.weights import ParameterSpec, found_in
-from relaxlm.quantization.schemes import get_scheme
+from relaxlm.quantization.schemes import Scheme, get_scheme
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library
 from relaxlm.runtime.page_pool import PagePool
@@ -55,6 +55,9 @@ def reference_model(raw: dict) -> transformers.PreTrainedModel:
                 parameter.normal_(0, 0.3)
             else:
                 parameter.normal_(0, 0.08)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):  # a router's, which is no parameter
+                buffer.normal_(0, 0.3)
     return model.eval()
 
 
@@ -69,7 +72,7 @@ def stored_parameters(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
         assert value.shape == spec.shape, spec
         quant = scheme.for_role(spec.role)
         names = list(scheme.storage(spec))
-        arrays = list(quant.quantize(value).values()) if quant else [_cast(value, scheme.dtype)]
+        arrays = list(quant.quantize(value).values()) if quant else [_cast(value, scheme, spec)]
         stored |= dict(zip(names, arrays, strict=True))
     return stored
 
@@ -85,7 +88,7 @@ def dequantized_state(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
             value = source.values(tensor).reshape(-1, *spec.shape[1:])
             kept = quant.dequantize(quant.quantize(value), value.shape) if quant else None
             if kept is None:
-                kept = _cast(value, scheme.dtype).astype(np.float32)
+                kept = _cast(value, scheme, spec).astype(np.float32)
             source.put_back(tensor, kept)
             result[source.name] = torch.from_numpy(tensor)
     return result
@@ -95,9 +98,10 @@ def _specs(raw: dict, state: dict[str, torch.Tensor]) -> list[ParameterSpec]:
     return found_in(models.parameter_specs(models.load_config(raw)), state)
 
 
-def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
+def _cast(value: np.ndarray, scheme: Scheme, spec: ParameterSpec) -> np.ndarray:
     import ml_dtypes
 
+    dtype = scheme.plain_dtype(spec.role)
     return value.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 

@@ -17,7 +17,7 @@ from tests.models.parity import tiny_config
 from tests.shared_data import SHARED, needs_shared_data
 
 # With these, every family's own number of key-value heads fits.
-SIZES = {"hidden_size": 512, "num_attention_heads": 32}
+SIZES = {"hidden_size": 2048, "num_attention_heads": 128}
 
 
 @pytest.mark.parametrize("model_type", sorted(set(models.MODELS) & set(CONFIG_MAPPING_NAMES)))

@@ -1,13 +1,8 @@
 """Mixtures of experts give the logits of transformers, and read no expert that nobody chose."""
 
-import math
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 import tvm
-from safetensors.torch import save_file
 from tvm import relax
 from tvm.relax.frontend import nn
 
@@ -16,10 +11,9 @@ from relaxlm.compiler.build import describe_model
 from relaxlm.compiler.options import CompileOptions
 from relaxlm.compiler.target import resolve_device
 from relaxlm.errors import UnsupportedError
-from relaxlm.models.moe import FLOAT_GATE_OUTPUTS, choose
-from relaxlm.quantization.convert import convert_weights
+from relaxlm.models.moe import FLOAT_GATE_OUTPUTS
+from relaxlm.models.routing import choose
 from relaxlm.quantization.schemes import get_scheme
-from relaxlm.runtime.params import WeightFolder
 from tests.models import parity
 from tests.models.parity import tiny_config
 
@@ -45,98 +39,13 @@ VARIANTS = {
 }
 
 
-@pytest.fixture
-def converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Parameters come from a checkpoint on disk, by way of the converter.
-
-    transformers 5 keeps all experts in one tensor; published checkpoints, and the files that it
-    writes itself, have one for each.
-    """
-
-    def stored_parameters(raw: dict, state: dict, scheme: str) -> dict[str, np.ndarray]:
-        return convert(raw, state, scheme, tmp_path)
-
-    def dequantized_state(raw: dict, state: dict, scheme_name: str) -> dict[str, torch.Tensor]:
-        scheme, kept = get_scheme(scheme_name), {}
-        stored = stored_parameters(raw, state, scheme_name)
-        for spec in models.parameter_specs(models.load_config(raw)):
-            arrays = {name.rpartition(".")[2]: stored[name] for name in scheme.storage(spec)}
-            quant = scheme.for_role(spec.role)
-            flat = quant.dequantize(arrays, spec.shape) if quant else next(iter(arrays.values()))
-            flat = flat.astype(np.float32).reshape(-1)
-            for source in spec.sources:
-                size = math.prod(source.shape)
-                kept[source.name] = torch.from_numpy(flat[:size].reshape(source.shape))
-                flat = flat[size:]
-        return joined(raw, kept)
-
-    monkeypatch.setattr(parity, "stored_parameters", stored_parameters)
-    monkeypatch.setattr(parity, "dequantized_state", dequantized_state)
-
-
-def convert(raw: dict, state: dict, scheme: str, folder: Path) -> dict[str, np.ndarray]:
-    """What the converter makes of transformers' tensors: stored name -> array."""
-    checkpoint, output = folder / "checkpoint", folder / "converted"
-    checkpoint.mkdir(exist_ok=True)
-    tensors = {name: tensor.clone() for name, tensor in split(raw, state).items()}
-    save_file(tensors, checkpoint / "model.safetensors")
-    config = models.load_config(raw)
-    specs, ignored = models.parameter_specs(config), models.ignored_sources(config)
-    convert_weights(checkpoint, get_scheme(scheme), output, specs, ignored)
-    weights = WeightFolder(output)
-    return {name: weights.load(name).copy() for name in weights.records}
-
-
-def names_of(raw: dict) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """The module with the experts, and transformers' tensor of them all -> those of one expert."""
-    if raw["model_type"] == "mixtral":
-        return "block_sparse_moe", {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-    return "mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-def split(raw: dict, state: dict) -> dict[str, torch.Tensor]:
-    """transformers' tensors as published checkpoints have them."""
-    module, parts = names_of(raw)
-    result = {}
-    for name, tensor in state.items():
-        stem, _, part = name.replace(".mlp.", f".{module}.").rpartition(".experts.")
-        if not stem:
-            result[part] = tensor
-            continue
-        for expert, matrix in enumerate(tensor):
-            pieces = matrix.chunk(len(parts[part]))
-            for piece, value in zip(parts[part], pieces, strict=True):
-                result[f"{stem}.experts.{expert}.{piece}.weight"] = value
-    return result
-
-
-def joined(raw: dict, tensors: dict) -> dict[str, torch.Tensor]:
-    """The other way round."""
-    module, parts = names_of(raw)
-    result, experts = {}, {}
-    for name, tensor in tensors.items():
-        stem, _, rest = name.replace(f".{module}.", ".mlp.").rpartition(".experts.")
-        if stem:
-            experts.setdefault(stem, {})[rest.removesuffix(".weight")] = tensor
-        else:
-            result[rest] = tensor
-    for stem, found in experts.items():
-        for part, pieces in parts.items():
-            count = len(found) // sum(map(len, parts.values()))
-            matrices = [
-                torch.cat([found[f"{e}.{piece}"] for piece in pieces]) for e in range(count)
-            ]
-            result[f"{stem}.experts.{part}"] = torch.stack(matrices)
-    return result
-
-
-@pytest.mark.usefixtures("converted")
+@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_match_transformers(variant: str) -> None:
     parity.check_parity(VARIANTS[variant])
 
 
-@pytest.mark.usefixtures("converted")
+@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(
     ("variant", "scheme"),
     [("mixtral", "q4f16_1"), ("qwen2_moe", "q4f16_1"), ("qwen3_moe", "q3f16_1")],
