@@ -23,6 +23,7 @@ from relaxlm.quantization.conversion_report import (
     current_memory,
     peak_memory,
 )
+from relaxlm.quantization.decoded_tensors import decode_tensors
 from relaxlm.quantization.groupwise import (
     BLOCK_ELEMENTS,
     FLOAT_DTYPES,
@@ -32,7 +33,7 @@ from relaxlm.quantization.groupwise import (
 )
 from relaxlm.quantization.prequantized import refuse_by_files, refuse_by_tensors
 from relaxlm.quantization.schemes import Scheme
-from relaxlm.quantization.stored_tensor import FLOATS, StoredTensor
+from relaxlm.quantization.stored_tensor import StoredTensor
 
 # (bytes of the checkpoint that are done, bytes in total, parameter being converted)
 Progress = Callable[[int, int, str], None]
@@ -88,13 +89,15 @@ def open_float_checkpoint(source: Path) -> Checkpoint:
     """List the weights of a Hugging Face folder, or of the folder of a config.json.
 
     Raises:
-        CheckpointError: there are none that can be read, or they are quantized already.
+        CheckpointError: there are none that can be read, or they are quantized in a way that
+            `decoded_tensors` does not know.
     """
     folder = _folder(source)
     refuse_by_files(folder)
     checkpoint = Checkpoint.open(folder)
-    refuse_by_tensors(checkpoint.tensors)
-    return checkpoint
+    tensors = decode_tensors(folder, checkpoint.tensors)
+    refuse_by_tensors(tensors)
+    return Checkpoint(folder, checkpoint.files, tensors)
 
 
 def _folder(source: Path) -> Path:
@@ -126,7 +129,9 @@ class _Parameter:
 
     @property
     def source_bytes(self) -> int:
-        return sum(tensor.size * FLOATS[tensor.dtype].itemsize for tensor in self.tensors)
+        # Of several parameters' tensor, their share.
+        pairs = zip(self.spec.sources, self.tensors, strict=True)
+        return sum(tensor.nbytes * source.size // tensor.size for source, tensor in pairs)
 
     @property
     def stored_bytes(self) -> int:
@@ -158,37 +163,59 @@ class _Parameter:
     ) -> "_Converted":
         """Convert rows first .. last of a source into `arrays`, from row `row` on."""
         if source.view is None:
-            read = tensor.read(first * self.columns, last * self.columns)
-        else:
+            before = (source.index or 0) * source.size
+            read = tensor.read(before + first * self.columns, before + last * self.columns)
+        elif source.index is None:
             read = tensor.read(0, tensor.size).reshape(tensor.shape)
+        else:
+            read = tensor.part(source.index)
         if source.is_changed:
-            read = source.values(read)
+            read = source.part_values(read)
         values = read.reshape(-1, self.columns)
+        total = _Converted(tensor.nbytes * values.size // tensor.size, 0.0, 0.0, 0.0)
+        step = block_rows(self.columns)
+        for start in range(0, len(values), step):
+            block = values[start : start + step]
+            total += self._store(arrays, block, row + start, tensor.name)
+        return total
+
+    def _store(
+        self, arrays: dict[str, np.ndarray], values: np.ndarray, row: int, name: str
+    ) -> "_Converted":
+        """Convert rows into `arrays`, from row `row` on; what was read is not counted."""
         if self.quant is not None:
             parts = {name.rpartition(".")[2]: array for name, array in arrays.items()}
-            decoded = self.quant.write_rows(parts, row, values, tensor.name)
+            decoded = self.quant.write_rows(parts, row, values, name)
         else:
             (array,) = arrays.values()
-            stored = cast(values, array.dtype.name, tensor.name)
+            stored = cast(values, array.dtype.name, name)
             array.reshape(-1, self.columns)[row : row + len(stored)] = stored
             if np.can_cast(values.dtype, stored.dtype, "safe"):
-                return _Converted(values.nbytes, 0.0, 0.0, 0.0)
+                return _Converted(0, 0.0, 0.0, 0.0)
             decoded = stored.astype(np.float32)
         wide = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
         exact = values.astype(wide)
         error = decoded - exact
         largest = float(np.abs(error).max(initial=0))
-        return _Converted(values.nbytes, _sum_of_squares(error), _sum_of_squares(exact), largest)
+        return _Converted(0, _sum_of_squares(error), _sum_of_squares(exact), largest)
 
 
 @dataclass(frozen=True)
 class _Converted:
-    """Of one block."""
+    """Of some rows."""
 
     source_bytes: int
     error_squares: float
     value_squares: float
     max_error: float
+
+    def __add__(self, other: "_Converted") -> "_Converted":
+        return _Converted(
+            self.source_bytes + other.source_bytes,
+            self.error_squares + other.error_squares,
+            self.value_squares + other.value_squares,
+            max(self.max_error, other.max_error),
+        )
 
 
 @dataclass(frozen=True)
@@ -294,15 +321,14 @@ def _fill(
     advance: Callable[[_Parameter, int], None],
 ) -> ParameterError:
     """Convert all blocks of a parameter; results are added up in order, whoever is first."""
-    squares = reference = max_error = 0.0
+    total = _Converted(0, 0.0, 0.0, 0.0)
     for block in threads.map(lambda job: parameter.convert(arrays, *job), parameter.blocks()):
-        squares += block.error_squares
-        reference += block.value_squares
-        max_error = max(max_error, block.max_error)
+        total += block
         advance(parameter, block.source_bytes)
-    relative = math.sqrt(squares / reference) if reference else 0.0
+    reference = total.value_squares
+    relative = math.sqrt(total.error_squares / reference) if reference else 0.0
     spec = parameter.spec
-    return ParameterError(spec.name, spec.shape, parameter.stored_bytes, max_error, relative)
+    return ParameterError(spec.name, spec.shape, parameter.stored_bytes, total.max_error, relative)
 
 
 def _sum_of_squares(rows: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """Recognise checkpoints that somebody has quantized already, and refuse them by name.
 
-Quantizing such weights again would store their packed integers as if they were values.
+Quantizing such weights again would store their packed integers as if they were values. Formats that
+`decoded_tensors` reads pass: FP8 with a scale per block, and MXFP4.
 """
 
 from collections.abc import Mapping
@@ -89,11 +90,17 @@ def _check_config(path: Path) -> None:
     for fields in (config, *nested):  # a multimodal model keeps its text model's in text_config
         for key in ("quantization_config", "compression_config", "quantization"):
             settings = fields.get(key)
-            if isinstance(settings, dict) and settings:
+            if isinstance(settings, dict) and settings and not _is_decoded(settings):
                 raise CheckpointError(
                     f"{path}: {key} says that the weights are already quantized "
                     f"({_describe(key, settings)}); {_ADVICE}"
                 )
+
+
+def _is_decoded(settings: dict[str, Any]) -> bool:
+    """Whether the weights are in a format that is read; their tensors have to show it, too."""
+    method = settings.get("quant_method")
+    return method == "mxfp4" or (method == "fp8" and bool(settings.get("weight_block_size")))
 
 
 def _describe(key: str, settings: dict[str, Any]) -> str:

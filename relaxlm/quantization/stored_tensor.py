@@ -38,6 +38,11 @@ class StoredTensor:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without those of scales; of dtypes of a byte and of `FLOATS`."""
+        return self.size * FLOATS[self.dtype].itemsize if self.dtype in FLOATS else self.size
+
     def check_readable(self) -> None:
         """Raise CheckpointError unless the dtype is one of FLOATS."""
         if self.dtype not in FLOATS:
@@ -56,17 +61,26 @@ class StoredTensor:
         """
         self.check_readable()
         dtype = FLOATS[self.dtype]
+        return self.read_bits(start, stop, dtype.itemsize).view(dtype)
+
+    def part(self, index: int) -> np.ndarray:
+        """The index-th along the first axis, of shape[1:]."""
+        size = math.prod(self.shape[1:])
+        return self.read(index * size, (index + 1) * size).reshape(self.shape[1:])
+
+    def read_bits(self, start: int = 0, stop: int | None = None, itemsize: int = 1) -> np.ndarray:
+        """The same as unsigned integers of so many bytes, whatever the dtype."""
         stop = self.size if stop is None else stop
-        bits = np.dtype(f"<u{dtype.itemsize}")
+        bits = np.dtype(f"<u{itemsize}")
         if self.strides is None:
-            where = self.offset + start * dtype.itemsize
+            where = self.offset + start * itemsize
             flat = np.fromfile(self.file, bits, count=stop - start, offset=where)
         else:
             span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
             mapped = np.memmap(self.file, bits, mode="r", offset=self.offset, shape=(span,))
-            strides = tuple(stride * dtype.itemsize for stride in self.strides)
+            strides = tuple(stride * itemsize for stride in self.strides)
             view = np.lib.stride_tricks.as_strided(mapped, self.shape, strides, writeable=False)
             flat = np.array(view.flat[start:stop])
         if flat.size != stop - start:
             raise CheckpointError(f"{self.file}: ended while tensor {self.name} was read")
-        return flat.view(dtype)
+        return flat
