@@ -57,6 +57,12 @@ MODELS = {
     "starcoder2": "starcoder2",
 }
 
+# Types that people will try, and what keeps them from being compiled.
+MISSING_FEATURES = {
+    "deepseek_v32": "sparse attention, whose indexer chooses the tokens to attend to (index_topk)",
+    "glm_moe_dsa": "sparse attention, whose indexer chooses the tokens to attend to (index_topk)",
+}
+
 
 def load_config(source: Path | str | Mapping[str, Any]) -> "DecoderConfig":
     """Read and check a model's configuration.
@@ -132,7 +138,10 @@ def _module(raw: Mapping[str, Any], where: str) -> Any:
             f"{where}: model_type is missing. Is this the config.json of a Hugging Face model?"
         )
     if model_type not in MODELS:
+        missing = MISSING_FEATURES.get(model_type)
+        reason = f": it has {missing}" if missing else ""
         raise UnsupportedError(
-            f"{where}: model_type {model_type!r} is not supported. Supported: {', '.join(MODELS)}"
+            f"{where}: model_type {model_type!r} is not supported{reason}. "
+            f"Supported: {', '.join(MODELS)}"
         )
     return import_module(f"relaxlm.models.{MODELS[model_type]}")

@@ -56,6 +56,8 @@ def shallow(raw: Mapping) -> dict:
     for key in DEPTHS:
         if key in raw:
             raw[key] = len(kept)
+    if raw.get("first_k_dense_replace"):  # one layer without experts, and one with
+        raw["first_k_dense_replace"] = 1
     return raw
 
 
