@@ -1,9 +1,9 @@
 """Where the time of a step goes: per kernel and per layer, with what each has to read and compute.
 
 Bytes are those of weights, cache, recurrent states and other tensors that a kernel must touch once,
-whatever it really does; operations are the multiplications and additions of matrices and attention.
-Time outside kernels is that of a step nobody watches less that of its kernels: the virtual
-machine's own work, Python's, and the copying of inputs and logits.
+whatever it really does; operations are the multiplications and additions of matrices, attention
+and recurrences. Time outside kernels is that of a step nobody watches less that of its kernels: the
+virtual machine's own work, Python's, and the copying of inputs and logits.
 """
 
 import math
@@ -20,6 +20,7 @@ import numpy as np
 from relaxlm.models import load_config, parameter_specs
 from relaxlm.profiling.instrument import Argument, Call, Instrument
 from relaxlm.profiling.session import Session
+from relaxlm.profiling.work import is_scan_state, scan_operations
 from relaxlm.runtime.metadata import LibraryMetadata
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -188,20 +189,21 @@ class _Costs:
         looks_up = matrix is not None and len(call.arguments[0].shape) == 1
         appends = "append" in call.kernel
         attends = not appends and any(a.name in self._cache_names for a in call.arguments)
-        nbytes = 0
+        nbytes, operations = 0, self._attention if attends else 0
         for argument in call.arguments:
             if argument.name in self._cache_names:
                 tokens = self._new if appends else self._cached
                 nbytes += _nbytes(argument) // (argument.shape[0] * self._page_size) * tokens
             elif argument.name in self._state_names:  # of each sequence read, and written
                 nbytes += _nbytes(argument) // argument.shape[0] * 2 * self._sequences
+                if is_scan_state(argument.name):
+                    operations += scan_operations(argument.shape[1:]) * self._new
             elif (looks_up and self._matrix(argument) is not None) or (
                 argument.shape[1:] == result.shape[1:] and argument.shape[0] > result.shape[0]
             ):  # only the rows that become the result
                 nbytes += _nbytes(argument) // argument.shape[0] * result.shape[0]
             else:
                 nbytes += _nbytes(argument)
-        operations = self._attention if attends else 0
         if matrix is not None and not looks_up:
             operations += 2 * math.prod(matrix.shape) * result.shape[0]
         return nbytes, operations

@@ -1,6 +1,7 @@
 """What a step has to do, whatever the kernels: bytes that it reads and operations it computes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -24,6 +25,7 @@ class Work:
         cache_bytes: of the KV cache, per token of the context.
         state_bytes: of recurrent layers, per sequence.
         pair_operations: of attention, per token and token that it sees, in all layers.
+        scan_operations: of recurrences, per token, in all layers.
     """
 
     weight_bytes: int
@@ -32,6 +34,7 @@ class Work:
     cache_bytes: int
     state_bytes: int
     pair_operations: int
+    scan_operations: int
 
     @staticmethod
     def of(info: LibraryMetadata) -> "Work":
@@ -63,6 +66,11 @@ class Work:
             state_bytes=info.state.bytes_per_sequence,
             # A product with a key and one with a value: a multiplication and an addition each.
             pair_operations=4 * config.num_attention_heads * config.head_dim * len(attending),
+            scan_operations=sum(
+                scan_operations(tensor.shape)
+                for tensor in info.state.tensors
+                if is_scan_state(tensor.name)
+            ),
         )
 
     def decode_bytes(self, context: int, batch: int) -> int:
@@ -70,7 +78,7 @@ class Work:
         return self.weight_bytes + batch * (context * self.cache_bytes + self.state_bytes)
 
     def operations(self, tokens: int, context: int, rows: int) -> int:
-        """Multiplications and additions of matrices and attention.
+        """Multiplications and additions of matrices, attention and recurrences.
 
         Args:
             tokens: new ones of one sequence.
@@ -79,7 +87,21 @@ class Work:
         """
         pairs = tokens * context + tokens * (tokens + 1) // 2
         matrices = tokens * self.layer_weights + rows * self.head_weights
-        return 2 * matrices + self.pair_operations * pairs
+        return 2 * matrices + self.pair_operations * pairs + self.scan_operations * tokens
+
+
+def is_scan_state(name: str) -> bool:
+    """Whether a state tensor is the one that `linear_scan` keeps (`models/state.py`)."""
+    return name.endswith(".scan")
+
+
+def scan_operations(shape: Sequence[int]) -> int:
+    """Of `linear_scan`, per token, on a state [heads, K, V].
+
+    Each number fades, gets a product and is multiplied and added for the output. What is removed or
+    replaced before is not counted: not every recurrence does it.
+    """
+    return 5 * math.prod(shape)
 
 
 def nbytes(tensor: TensorInfo) -> int:

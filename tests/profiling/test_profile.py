@@ -9,6 +9,7 @@ from relaxlm.profiling.instrument import Argument, Call, Instrument
 from relaxlm.profiling.profile import _Costs, profile_decode, profile_prefill, summarize
 from relaxlm.profiling.session import Session
 from relaxlm.profiling.work import Work
+from relaxlm.runtime.metadata import StateInfo, TensorInfo
 from tests.tiny_model import VOCAB, TinyModel
 
 LAYERS, HIDDEN, MID = 2, 64, 96
@@ -63,6 +64,27 @@ def test_a_bias_is_no_matrix(session: Session) -> None:
     )
     nbytes, operations = _Costs(session.executor.metadata, [(0, 3)]).of(call)
     assert (nbytes, operations) == (3 * 128 * 4 + 128 * 2 + 3 * 64 * 4, 0)
+
+
+def test_a_recurrence_reads_and_writes_the_states_of_its_sequences(session: Session) -> None:
+    tensor = TensorInfo(name="0.scan", shape=(2, 8, 16), dtype="float32")
+    state = StateInfo(tensors=[tensor], bytes_per_sequence=4 * 256)
+    info = session.executor.metadata.model_copy(update={"state": state})
+    call = Call(
+        "linear_scan",
+        (
+            Argument((5, 2, 8), "float32", ""),
+            Argument((9, 2, 8, 16), "float32", "0.scan"),
+            Argument((5, 2, 16), "float32", ""),
+        ),
+    )
+    nbytes, operations = _Costs(info, [(7, 1), (0, 4)]).of(call)
+    assert nbytes == 5 * 16 * 4 + 2 * 2 * 256 * 4 + 5 * 32 * 4
+    assert operations == 5 * 5 * 256  # a product, and twice a product and a sum
+    work = Work.of(info)
+    assert work.operations(4, 0, 0) - Work.of(session.executor.metadata).operations(4, 0, 0) == (
+        4 * 5 * 256
+    )
 
 
 def test_a_watched_step_computes_the_same(session: Session) -> None:

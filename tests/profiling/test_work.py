@@ -27,6 +27,7 @@ def test_work_of_a_llama(info: LibraryMetadata) -> None:
         cache_bytes=LAYERS * 2 * KV_HEADS * DIM * 4,
         state_bytes=0,
         pair_operations=LAYERS * Q_HEADS * DIM * 4,
+        scan_operations=0,
     )
 
 
