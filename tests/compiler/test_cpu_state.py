@@ -73,24 +73,51 @@ def test_scan_matches_numpy_on_any_cpu() -> None:
     check_scan(build_scan(EVERYTHING, PORTABLE), EVERYTHING, RAGGED)
 
 
-def test_scan_of_chunks_is_that_of_the_whole() -> None:
-    whole = Batch([1, 19])
-    shape = EVERYTHING
-    kernel = build_scan(shape)
-    *inputs, bonus = scan_inputs(whole, shape)
-    states = whole.states(shape.heads, shape.key_dim, shape.value_dim)
-    rows, after = whole.run(kernel, states, [*inputs, bonus], inputs[2])
-    target = whole.targets[1]
-    start = 1
-    for length in (1, 8, 10):
+def scan_case(shape: ScanShape) -> tuple:
+    def inputs(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        *rows, last = scan_inputs(batch, shape)
+        return (rows, [last]) if shape.bonus else ([*rows, last], [])
+
+    state = (shape.heads, shape.key_dim, shape.value_dim)
+    return build_scan(shape), state, inputs, 2
+
+
+def conv_case() -> tuple:
+    def inputs(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        weight = batch.normal(CONV.channels, CONV.taps)
+        return [batch.normal(batch.n, CONV.channels)], [weight]
+
+    return build(conv_kernel, CONV), (CONV.taps - 1, CONV.channels), inputs, 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda: scan_case(EVERYTHING),
+        lambda: scan_case(replace(PLAIN, strength=True)),
+        conv_case,
+    ],
+    ids=["everything", "strength", "conv"],
+)
+def test_rows_do_not_depend_on_the_step(case) -> None:
+    """Bit by bit: a sequence in chunks and alone is the same as at once and among others."""
+    kernel, state, make_inputs, value = case()
+    whole = Batch([3, 19, 1, 18])
+    by_row, fixed = make_inputs(whole)
+    states = whole.states(*state)
+    rows, after = whole.run(kernel, states, [*by_row, *fixed], by_row[value])
+    sequence, start = 1, 3
+    for length in (1, 2, 8, 1, 1, 6):
         part = Batch([length])
-        part.positions = np.arange(start - 1, start - 1 + length).astype("int32")
-        part.sources, part.targets = whole.sources[1:], np.array([target], "int32")
-        own = [np.ascontiguousarray(x[start : start + length]) for x in inputs]
-        some, states = part.run(kernel, states, [*own, bonus], own[2])
+        part.positions = np.arange(start - 3, start - 3 + length).astype("int32")
+        part.sources = whole.sources[[sequence]]
+        part.targets = whole.targets[[sequence]]
+        own = [np.ascontiguousarray(x[start : start + length]) for x in by_row]
+        some, states = part.run(kernel, states, [*own, *fixed], own[value])
         np.testing.assert_array_equal(some, rows[start : start + length])
         start += length
-    np.testing.assert_array_equal(states[target], after[target])
+    assert start == 3 + 19
+    np.testing.assert_array_equal(states[whole.targets[1]], after[whole.targets[1]])
 
 
 @pytest.mark.parametrize(
