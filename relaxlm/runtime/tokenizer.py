@@ -197,11 +197,14 @@ class Tokenizer:
 
     # Text to ids
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, longest: int | None = None
+    ) -> list[int]:
         """Token ids of a text.
 
         Special tokens that the text spells out become their ids. `add_special_tokens` adds what the
-        model expects around a text, such as BOS.
+        model expects around a text, such as BOS. The text's last tokens are cut off where there
+        would be more than `longest` in all.
 
         Raises:
             RequestError: half of a surrogate pair in the text, which no UTF-8 text has.
@@ -214,31 +217,37 @@ class Tokenizer:
                 "surrogate pair and no character: send valid Unicode"
             ) from None
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        if add_special_tokens:
-            return [*self._prefix, *ids, *self._suffix]
-        return ids
+        prefix, suffix = (self._prefix, self._suffix) if add_special_tokens else ((), ())
+        if longest is not None:
+            del ids[max(0, longest - len(prefix) - len(suffix)) :]
+        return [*prefix, *ids, *suffix]
 
     def _sequence_frame(self, settings: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that encode adds in front of a text and behind it.
 
-        The post-processor of tokenizer.json gives them. If tokenizer_config.json has
-        `add_bos_token` or `add_eos_token`, these two alone decide, as in transformers 5.
+        The post-processor of tokenizer.json gives them. Where tokenizer_config.json has
+        `add_bos_token`, it decides whether the BOS token is one of them, and `add_eos_token`
+        decides about the EOS token; other tokens stay, such as the one that Qwen3-Embedding pools.
         """
-        if "add_bos_token" in settings or "add_eos_token" in settings:
-            bos = self.bos_id if settings.get("add_bos_token") else None
-            eos = self.eos_id if settings.get("add_eos_token") else None
-            return (
-                () if bos is None else (bos,),
-                () if eos is None else (eos,),
-            )
         plain = self._backend.encode("a", add_special_tokens=False).ids
         framed = self._backend.encode("a", add_special_tokens=True).ids
         for start in range(len(framed) - len(plain) + 1):
             if framed[start : start + len(plain)] == plain:
-                return tuple(framed[:start]), tuple(framed[start + len(plain) :])
-        raise TokenizerError(
-            f"{self.where}: its post_processor changes the ids of a text instead of adding to them"
-        )
+                break
+        else:
+            raise TokenizerError(
+                f"{self.where}: its post_processor changes the ids of a text instead of adding to "
+                "them"
+            )
+        prefix, suffix = framed[:start], framed[start + len(plain) :]
+        bos, eos = self.bos_id, self.eos_id
+        if "add_bos_token" in settings and bos is not None:
+            kept = [token for token in prefix if token != bos]
+            prefix = [bos, *kept] if settings["add_bos_token"] else kept
+        if "add_eos_token" in settings and eos is not None:
+            kept = [token for token in suffix if token != eos]
+            suffix = [*kept, eos] if settings["add_eos_token"] else kept
+        return tuple(prefix), tuple(suffix)
 
     # Ids to text
 

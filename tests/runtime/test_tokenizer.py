@@ -105,6 +105,31 @@ def test_bos_comes_from_the_post_processor_unless_the_configuration_says_otherwi
     )
 
 
+def test_a_token_behind_every_text_stays_whatever_is_said_of_bos() -> None:
+    """As in Qwen3-Embedding, whose vectors are the states at that token."""
+    content = json.loads(byte_level_json())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+        ],
+        "pair": [],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    content = json.dumps(content).encode()
+    plain = Tokenizer(byte_level_json().encode()).encode("the cat sat")
+    for settings in ({}, {"add_bos_token": False, "eos_token": "<|im_end|>"}):
+        tokenizer = Tokenizer(content, settings)
+        assert tokenizer.encode("the cat sat") == [*plain, 0]
+        assert tokenizer.encode("the cat sat", longest=3) == [*plain[:2], 0]
+        assert tokenizer.encode("the cat sat", False, longest=2) == plain[:2]
+    without = {"add_eos_token": False, "eos_token": "<|endoftext|>"}
+    assert Tokenizer(content, without).encode("the cat sat") == plain
+
+
 def test_limits_in_the_file_do_not_cut_texts() -> None:
     content = json.loads(byte_level_json())
     content["truncation"] = {
