@@ -304,7 +304,7 @@ def _memory_lines(engine: "EngineLoop") -> list[str]:
     info, plan = engine.model.library.metadata, engine.plan
     memory = plan.cache.nbytes(info)
     tokens = plan.cache.pages * info.kv_cache.page_size
-    temporary = info.memory.temporary["forward"]
+    temporary = info.step_bytes
     most = f"up to {plan.limits.sequences} at a time, {plan.context} tokens each"
     lines = [
         f"{engine.model.folder}: {info.model_type}, {info.quantization}, {info.target.kind}",

@@ -16,6 +16,9 @@ from relaxlm.compiler.cuda import check_device_code, cuda_compilation
 from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.attention import PAGE_SIZE
 from relaxlm.compiler.kernels.cpu_attention import attend_workspace_bytes
+from relaxlm.compiler.kernels.cpu_encoder_attention import (
+    attend_workspace_bytes as encoder_workspace_bytes,
+)
 from relaxlm.compiler.kernels.cpu_latent_attention import LatentShape
 from relaxlm.compiler.kernels.cpu_latent_attention import (
     attend_workspace_bytes as latent_workspace_bytes,
@@ -133,8 +136,8 @@ def describe_model(
 ) -> LibraryMetadata:
     """What a library would say of itself, memory plan included; no code is generated.
 
-    Of the memory plan, only the buffers of `forward` are given. Layers of one kind use the same
-    ones, so the first layers are lowered to find out, up to one of each kind.
+    Of the memory plan, only the buffers of what the library is for are given. Layers of one kind
+    use the same ones, so the first layers are lowered to find out, up to one of each kind.
     """
     config = config.with_window(options.sliding_window_size, options.attention_sink_size)
     config = config.for_context(options.context_window_size)
@@ -143,7 +146,7 @@ def describe_model(
         update={"num_hidden_layers": depth, "windows": config.windows[:depth]}
     )
     _, plan = _lower(shallow, raw_config, scheme, device, options, None)
-    temporary = {"forward": plan.memory.temporary["forward"]}
+    temporary = {plan.main_function: plan.memory.temporary[plan.main_function]}
     specs = models.parameter_specs(config)
     lowering = Lowering(config, specs, scheme, options.kv_format, device.kind)
     return _metadata(config, raw_config, scheme, device, options, lowering, temporary)
@@ -193,7 +196,7 @@ def _lower(
         temporary = _temporary_bytes(module, bounds)
         if device.kind == "cpu":
             workspace = _attention_workspace(config, options)
-            for name in ("forward", "hidden_states"):
+            for name in model.export_spec():
                 temporary[name] += workspace
         module = tvm.transform.Sequential(instruction_passes())(module)
     return module, _metadata(config, raw_config, scheme, device, options, lowering, temporary)
@@ -226,7 +229,9 @@ def _bounds(options: CompileOptions) -> dict[str, int]:
     return {
         "n": options.prefill_chunk_size,
         "m": options.max_batch_size,
+        "r": options.prefill_chunk_size,
         "b": options.max_batch_size,
+        "offsets": options.max_batch_size + 1,
         "p": options.max_batch_size * -(-options.context_window_size // PAGE_SIZE),
     }
 
@@ -267,6 +272,8 @@ def _metadata(
         contract=CONTRACT,
         versions={"relaxlm": RELAXLM_VERSION, **PINNED},
         model_type=config.model_type,
+        model_task=config.model_task,
+        is_encoder=config.is_encoder,
         quantization=scheme.name,
         model_config_json=dict(raw_config),
         hidden_size=config.hidden_size,
@@ -330,7 +337,10 @@ def _attention_workspace(config: DecoderConfig, options: CompileOptions) -> int:
     if config.latent_cache is not None:
         latent = LatentShape(config.num_attention_heads, *config.latent_cache, scale=0.0)
         return latent_workspace_bytes(latent, threads)
-    shape = cache_shape(config)
+    shape, target = cache_shape(config), tvm.target.Target.current()
+    if config.is_encoder:
+        batch, rounded = options.max_batch_size, options.act_quant
+        return encoder_workspace_bytes(shape, batch, threads, rounded, target)
     pages = -(-options.context_window_size // PAGE_SIZE) if options.batch_invariant else None
     return attend_workspace_bytes(
         shape,
@@ -338,7 +348,7 @@ def _attention_workspace(config: DecoderConfig, options: CompileOptions) -> int:
         options.max_batch_size,
         threads,
         options.act_quant,
-        tvm.target.Target.current(),
+        target,
         pages,
     )
 

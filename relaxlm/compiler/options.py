@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DEFAULT_PREFILL_CHUNK = 2048
 # Sequences that one step may hold, and rows of logits that it may return.
 DEFAULT_MAX_BATCH = 16
+# The same for encoders, which return no logits, and whose texts are often short.
+ENCODER_MAX_BATCH = 128
 
 # LLVM's, from 1 on: at 0, TVM's modules register themselves as the process's system library, and
 # two of them in one process get in each other's way.
@@ -100,12 +102,17 @@ class CompileOptions:
             value = chat.get(key)
             return value if isinstance(value, int) and value > 0 else default
 
-        context = limit("context_window_size", config.max_position_embeddings)
+        context = limit("context_window_size", config.longest_text)
         window = limit("sliding_window_size", 0)
+        chunk, batch = min(context, DEFAULT_PREFILL_CHUNK), DEFAULT_MAX_BATCH
+        if config.is_encoder:
+            _refuse_cache(given)
+            # A text fits into a step, and several short ones do.
+            chunk, batch = max(context, DEFAULT_PREFILL_CHUNK), ENCODER_MAX_BATCH
         options = CompileOptions(
             context,
-            limit("prefill_chunk_size", min(context, DEFAULT_PREFILL_CHUNK)),
-            limit("max_batch_size", DEFAULT_MAX_BATCH),
+            limit("prefill_chunk_size", chunk),
+            limit("max_batch_size", batch),
             window,
             limit("attention_sink_size", config.attention_sinks),
             get_kv_format(str(given.get("kv_cache_dtype", scheme.dtype))),
@@ -116,15 +123,29 @@ class CompileOptions:
                 f"attention_sink_size = {options.attention_sink_size} has no effect without a "
                 "sliding window: set sliding_window_size, too, or leave it out"
             )
-        return options._checked()
+        if config.is_encoder and options.prefill_chunk_size < context:
+            raise ConfigError(
+                f"prefill_chunk_size = {options.prefill_chunk_size} is less than "
+                f"context_window_size = {context}, and an encoder reads a text in one step: make "
+                "the first larger, or the second smaller"
+            )
+        return options._checked(config.is_encoder)
 
-    def _checked(self) -> CompileOptions:
-        if self.prefill_chunk_size > self.context_window_size:
-            return replace(self, prefill_chunk_size=self.context_window_size)._checked()
+    def _checked(self, is_encoder: bool) -> CompileOptions:
+        if self.prefill_chunk_size > self.context_window_size and not is_encoder:
+            chunk = self.context_window_size
+            return replace(self, prefill_chunk_size=chunk)._checked(is_encoder)
         if self.max_batch_size > self.prefill_chunk_size:
             # A step holds at least one token of each sequence.
             return replace(self, max_batch_size=self.prefill_chunk_size)
         return self
+
+
+def _refuse_cache(given: Mapping[str, Any]) -> None:
+    if "kv_cache_dtype" in given:
+        raise ConfigError(
+            f"kv_cache_dtype = {given['kv_cache_dtype']}: an encoder has no KV cache. Leave it out"
+        )
 
 
 def parse_opt(text: str) -> str:

@@ -7,11 +7,17 @@ import tvm
 from tvm import relax
 from tvm.s_tir import dlight
 
-from relaxlm.compiler.kernels import cpu_attention, cpu_latent_attention, cuda_attention
+from relaxlm.compiler.kernels import (
+    cpu_attention,
+    cpu_encoder_attention,
+    cpu_latent_attention,
+    cuda_attention,
+)
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.add_peaks import AddPeaks
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
+from relaxlm.compiler.passes.lower_encoder_attention import LowerEncoderAttention
 from relaxlm.compiler.passes.lower_expert_matmul import LowerExpertMatmul
 from relaxlm.compiler.passes.lower_latent_attention import LowerLatentAttention
 from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
@@ -23,6 +29,7 @@ from relaxlm.compiler.passes.lower_paged_attention import (
 from relaxlm.compiler.passes.schedule_cpu import schedule_cpu
 from relaxlm.compiler.passes.share_tensors import ShareTensors
 from relaxlm.compiler.passes.take_rows_early import TakeRowsEarly
+from relaxlm.errors import UnsupportedError
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.weights import ParameterSpec
 from relaxlm.quantization.kv_cache import KVFormat
@@ -51,7 +58,9 @@ class Lowering:
     batch_invariant: bool = False
 
     def page_tensors(self) -> tuple[PageTensor, ...]:
-        """The cache tensors of each layer."""
+        """The cache tensors of each layer; an encoder has none."""
+        if self.config.is_encoder:
+            return ()
         if self.config.latent_cache is not None:
             return cpu_latent_attention.page_tensors(*self.config.latent_cache, self.kv_format)
         return ATTENTION[self.kind].page_tensors(cache_shape(self.config), self.kv_format)
@@ -65,22 +74,13 @@ def compute_dtype(kind: str, scheme: Scheme) -> str:
 def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
     """From a model's float IR to loop nests, one function per group of operators."""
     dtype = compute_dtype(lowering.kind, lowering.scheme)
-    kernels = ATTENTION[lowering.kind]
-    if lowering.kind == "cpu":
-        attend = partial(
-            cpu_attention.attend_kernel,
-            rounded=lowering.act_quant,
-            invariant=lowering.batch_invariant,
-        )
-        kernels = replace(kernels, attend=attend)
+    has_head = lowering.config.has_head
     return [
         # Nothing is computed that nobody reads.
         TakeRowsEarly(),
         # Float model -> stored weights, one cache format.
         QuantizeParameters(lowering.specs, lowering.scheme, dtype),
-        LowerPagedAttention(lowering.config, lowering.kv_format, kernels)
-        if lowering.config.latent_cache is None
-        else LowerLatentAttention(lowering.config, lowering.kv_format, lowering.kind),
+        _attention_pass(lowering),
         relax.transform.BundleModelParams("params"),
         # Weights -> kernels that read what is stored.
         LowerEmbedding(),
@@ -102,11 +102,35 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.DeadCodeElimination(),
         # Loop nests -> parallel loops, or grids of threads.
         *(
-            [schedule_cpu(), AddPeaks(lowering.config.vocab_size)]
+            [schedule_cpu(), *([AddPeaks(lowering.config.vocab_size)] if has_head else [])]
             if lowering.kind == "cpu"
             else [_gpu_schedules()]
         ),
     ]
+
+
+def _attention_pass(lowering: Lowering) -> tvm.transform.Pass:
+    """What lowers attention: encoders have no cache, and some caches hold latents."""
+    config, kind = lowering.config, lowering.kind
+    if config.is_encoder:
+        if kind != "cpu":
+            raise UnsupportedError(
+                f"model_type {config.model_type!r} is not supported on {kind}: there is no kernel "
+                "for an encoder's attention. Compile it for the CPU"
+            )
+        attend = partial(cpu_encoder_attention.attend_kernel, rounded=lowering.act_quant)
+        return LowerEncoderAttention(attend)
+    if config.latent_cache is not None:
+        return LowerLatentAttention(config, lowering.kv_format, kind)
+    kernels = ATTENTION[kind]
+    if kind == "cpu":
+        over_pages = partial(
+            cpu_attention.attend_kernel,
+            rounded=lowering.act_quant,
+            invariant=lowering.batch_invariant,
+        )
+        kernels = replace(kernels, attend=over_pages)
+    return LowerPagedAttention(config, lowering.kv_format, kernels)
 
 
 def _gpu_schedules() -> tvm.transform.Pass:

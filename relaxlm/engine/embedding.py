@@ -1,51 +1,25 @@
-"""Texts to vectors with a decoder: its last layer's state at the last token."""
+"""Vectors of texts, between the steps of other requests: texts of several requests share a step."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from relaxlm.engine.core import EngineCore
+from relaxlm.engine.scheduler import Scheduler
 from relaxlm.errors import LibraryError, RelaxLMError
-from relaxlm.runtime.executor import Executor
-from relaxlm.runtime.sequence_table import PagedSequences
-
-# States of all layers come back from the model, so steps are kept small.
-_CHUNK = 256
-
-
-def embed(executor: Executor, sequences: PagedSequences, ids: Sequence[int]) -> np.ndarray:
-    """The final norm's output at the last token.
-
-    Args:
-        ids: [n] at least one; there are pages for them.
-
-    Returns:
-        [hidden] float32, not normalized to length 1.
-    """
-    seq = sequences.add()
-    chunk = min(_CHUNK, executor.limits.prefill_chunk_size)
-    try:
-        for start in range(0, len(ids), chunk):
-            piece = np.asarray(ids[start : start + chunk], np.int32)
-            tables = sequences.batch([(seq, len(piece))])
-            executor.copy_pages(*sequences.take_copies())
-            states = executor.hidden_states(tables, piece)
-        return states[-1][-1].copy()
-    finally:
-        sequences.free(seq)
-
+from relaxlm.runtime.embedding import Embedder
 
 Vectors = Callable[[list[np.ndarray] | RelaxLMError], None]
 
 
 @dataclass(eq=False)
 class EmbeddingJob:
-    """Some texts, one after the other.
+    """Some texts of one request.
 
     Attributes:
-        deliver: called once, with the vectors or with what went wrong.
+        deliver: called once, with the pooled states or with what went wrong.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -53,19 +27,59 @@ class EmbeddingJob:
     vectors: list[np.ndarray] = field(default_factory=list)
     submitted_at: float = field(default_factory=time.perf_counter)
 
-    def go_on(self, core: EngineCore) -> list[np.ndarray] | RelaxLMError | None:
-        """Compute the next text's vector, if there are pages for it now.
+
+# A job that has ended, and what to deliver.
+Ended = tuple[EmbeddingJob, list[np.ndarray] | RelaxLMError]
+
+
+class EmbeddingQueue:
+    """Jobs in the order they came."""
+
+    def __init__(self) -> None:
+        self.jobs: deque[EmbeddingJob] = deque()
+
+    def go_on(self, embedder: Embedder, scheduler: Scheduler) -> list[Ended]:
+        """Compute the vectors of the next texts that go together, if there are pages for them now.
 
         Returns:
-            What to deliver if the job has ended, else None.
+            The jobs that have ended.
         """
-        ids = self.prompts[len(self.vectors)]
-        if not core.scheduler.make_room(-(-len(ids) // core.sequences.page_size)):
-            return None
+        waiting = self._next_texts(embedder.executor.limits.max_batch_size)
+        texts = [job.prompts[index] for job, index in waiting]
+        if not texts or not scheduler.make_room(embedder.pages_of(texts[0])):
+            return []
+        count = embedder.together(texts)
         try:
-            self.vectors.append(embed(core.executor, core.sequences, ids))
+            found = embedder.run(texts[:count])
         except Exception as error:  # nobody's request may end the engine
+            failure: RelaxLMError = LibraryError(
+                f"embedding failed: {type(error).__name__}: {error}"
+            )
             if isinstance(error, RelaxLMError):
-                return error
-            return LibraryError(f"embedding failed: {type(error).__name__}: {error}")
-        return self.vectors if len(self.vectors) == len(self.prompts) else None
+                failure = error
+            jobs = dict.fromkeys(job for job, _ in waiting[:count])
+            self.jobs = deque(job for job in self.jobs if job not in jobs)
+            return [(job, failure) for job in jobs]
+        for (job, _), vector in zip(waiting, found, strict=False):
+            job.vectors.append(vector)
+        ended: list[Ended] = []
+        while self.jobs and len(self.jobs[0].vectors) == len(self.jobs[0].prompts):
+            job = self.jobs.popleft()
+            ended.append((job, job.vectors))
+        return ended
+
+    def give_up(self, error: RelaxLMError) -> list[Ended]:
+        """Forget all jobs."""
+        ended: list[Ended] = [(job, error) for job in self.jobs]
+        self.jobs.clear()
+        return ended
+
+    def _next_texts(self, count: int) -> list[tuple[EmbeddingJob, int]]:
+        """The first texts that have no vector yet, at most so many: jobs and places in them."""
+        found: list[tuple[EmbeddingJob, int]] = []
+        for job in self.jobs:
+            for index in range(len(job.vectors), len(job.prompts)):
+                if len(found) == count:
+                    return found
+                found.append((job, index))
+        return found

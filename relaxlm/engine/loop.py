@@ -11,11 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from relaxlm.engine.config import CachePlan, EngineConfig, plan_cache
 from relaxlm.engine.core import EngineCore
-from relaxlm.engine.embedding import EmbeddingJob, Vectors
+from relaxlm.engine.embedding import EmbeddingJob, EmbeddingQueue, Ended, Vectors
 from relaxlm.engine.job import make_job
 from relaxlm.engine.output import Deliver, Output
 from relaxlm.engine.speculation import NgramDrafts
@@ -29,6 +27,7 @@ from relaxlm.errors import (
     RequestError,
 )
 from relaxlm.runtime.chat_settings import ChatConfig
+from relaxlm.runtime.embedding import Embedder, check_texts
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import is_batch_invariant
 from relaxlm.runtime.memory import available_memory
@@ -92,7 +91,8 @@ class EngineLoop:
         self._seconds = 1.0  # that a request takes, a moving mean
         self._closing = self._ended = False
         self.failure: LibraryError | None = None
-        self._embeddings: queue.SimpleQueue[EmbeddingJob] = queue.SimpleQueue()
+        self._embeddings: list[EmbeddingJob] = []  # that the step thread has not seen yet
+        self._texts = EmbeddingQueue()  # the step thread's own
         self._stats = EngineStats(pages_total=self.plan.cache.pages)
         self._news: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._output = Output(
@@ -186,32 +186,19 @@ class EngineLoop:
 
         Args:
             prompts: token ids.
-            deliver: called once, from another thread, with [hidden] float32 vectors (the final
-                norm's output at the last token), or with what went wrong.
+            deliver: called once, from another thread, with [hidden] float32 vectors, pooled as the
+                model's configuration says and of any length, or with what went wrong.
 
         Raises:
             RequestError: no prompt, an empty one, or a token outside the vocabulary.
             ContextOverflowError: a prompt longer than the context window.
             BusyError: too many requests wait, or the engine is closing.
         """
-        if not prompts:
-            raise RequestError("no text to embed: expected at least one")
-        for i, ids in enumerate(prompts):
-            if not len(ids):
-                raise RequestError(f"text {i} has no tokens, expected at least one")
-            if len(ids) > self.context_window_size:
-                raise ContextOverflowError(
-                    f"text {i} has {len(ids)} tokens, the context window "
-                    f"{self.context_window_size}: shorten it"
-                )
-            if not 0 <= min(ids) <= max(ids) < self.model.vocab_size:
-                raise RequestError(
-                    f"text {i} has a token id outside the vocabulary of {self.model.vocab_size}"
-                )
+        check_texts(prompts, self.context_window_size, self.model.vocab_size)
         with self._lock:
             self._refuse_if_busy()
             self._open += 1
-            self._embeddings.put(EmbeddingJob(prompts, deliver))
+            self._embeddings.append(EmbeddingJob(prompts, deliver))
             self._lock.notify()
 
     def stats(self) -> EngineStats:
@@ -273,35 +260,30 @@ class EngineLoop:
         self._news.put(None)
 
     def _steps(self, core: EngineCore) -> None:
-        current: EmbeddingJob | None = None
+        embedder = Embedder(core.executor, core.sequences, self.model.embedding)
+        texts = self._texts
         snapshot_at = 0.0
         while True:
             with self._lock:
-                if not (self._inbox or self._ended or core.has_work or current):
+                if not (self._inbox or self._ended or core.has_work or texts.jobs):
                     self._stats = core.stats()
-                    self._lock.wait_for(
-                        lambda: self._inbox or self._ended or not self._embeddings.empty()
-                    )
+                    self._lock.wait_for(lambda: self._inbox or self._ended or self._embeddings)
                 if self._ended:
                     break
                 inbox, self._inbox = self._inbox, []
+                texts.jobs.extend(self._embeddings)
+                self._embeddings.clear()
             started = time.perf_counter()
             for command in inbox:
                 command(core)
-            if current is None and not self._embeddings.empty():
-                current = self._embeddings.get()
-            if current is not None:
-                result = current.go_on(core)
-                if result is not None:
-                    self._tell_vectors(current, result)
-                    current = None
+            self._tell_vectors(texts.go_on(embedder, core.scheduler))
             self._step(core)
             now = time.perf_counter()
             core.counts.step_seconds += now - started
             if now - snapshot_at > _SNAPSHOT:
                 snapshot_at = now
                 self._stats = core.stats()
-        self._finish(core, current)
+        self._finish(core)
 
     def _fail(self, reason: BaseException) -> None:
         """An error in the engine itself: every open request ends with it, and no more are taken."""
@@ -312,8 +294,7 @@ class EngineLoop:
             self.failure = error
         now = time.perf_counter()
         self._news.put(lambda: self._output.fail_all(now, error))
-        while not self._embeddings.empty():
-            self._tell_vectors(self._embeddings.get(), error)
+        self._give_up(error)
 
     def _step(self, core: EngineCore) -> None:
         if events := core.step():
@@ -334,16 +315,13 @@ class EngineLoop:
             executor, sequences, plan.limits, self._workers, self.config.prefix_cache, drafts
         )
 
-    def _finish(self, core: EngineCore, current: EmbeddingJob | None) -> None:
+    def _finish(self, core: EngineCore) -> None:
         for command in self._inbox:
             command(core)
         for job_id in list(core.jobs):
             core.cancel(job_id)
         self._step(core)
-        closed = BusyError("the engine has ended", closing=True)
-        while current is not None or not self._embeddings.empty():
-            self._tell_vectors(current or self._embeddings.get(), closed)
-            current = None
+        self._give_up(BusyError("the engine has ended", closing=True))
         self._stats = core.stats()
 
     # The text thread
@@ -352,13 +330,22 @@ class EngineLoop:
         while (tell := self._news.get()) is not None:
             tell()
 
-    def _tell_vectors(self, job: EmbeddingJob, result: list[np.ndarray] | RelaxLMError) -> None:
-        def tell() -> None:
-            with suppress(Exception):  # the receiver's own affair
-                job.deliver(result)
-            self._count_ended(time.perf_counter() - job.submitted_at)
+    def _give_up(self, error: RelaxLMError) -> None:
+        """Tell everyone who waits for vectors that there will be none."""
+        with self._lock:
+            self._texts.jobs.extend(self._embeddings)
+            self._embeddings.clear()
+        self._tell_vectors(self._texts.give_up(error))
 
-        self._news.put(tell)
+    def _tell_vectors(self, ended: list[Ended]) -> None:
+        def tell() -> None:
+            for job, result in ended:
+                with suppress(Exception):  # the receiver's own affair
+                    job.deliver(result)
+                self._count_ended(time.perf_counter() - job.submitted_at)
+
+        if ended:
+            self._news.put(tell)
 
     def _count_ended(self, seconds: float) -> None:
         with self._lock:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # model_type of config.json -> module of this package. One line per architecture.
 MODELS = {
     "baichuan": "baichuan",
+    "bert": "bert",
     "chatglm": "chatglm",
     "cohere": "cohere",
     "deepseek_v2": "deepseek_v2",

@@ -6,7 +6,7 @@ operator that `compiler/passes/lower_paged_attention.py` turns into kernels for 
 one cache format.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -14,21 +14,11 @@ import numpy as np
 from tvm import relax, te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op, spec
-from tvm.relax.frontend.nn.exporter import Exporter
-from tvm.relax.frontend.nn.spec import ModuleSpec
 
+from relaxlm.models.architecture import Architecture, entry_point
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import (
-    Decoder,
-    Float32Parameter,
-    Head,
-    Norm,
-    RMSNorm,
-    rotate,
-    scaled,
-    take_rows,
-)
-from relaxlm.models.weights import ParameterSpec, Role, Source
+from relaxlm.models.layers import Decoder, Head, Norm, RMSNorm, rotate, scaled, take_rows
+from relaxlm.models.weights import Role, Source
 
 PAGED_ATTENTION = "relaxlm.paged_attention"
 LATENT_ATTENTION = "relaxlm.latent_attention"
@@ -41,15 +31,15 @@ class CacheHandle(nn.Object):
         super().__init__(_expr=_expr, _name=_name)
 
 
-class Step:
-    """One forward step as a model sees it: n tokens, their positions, and the cache.
+class Positions:
+    """What follows from the positions of a step's tokens.
 
     Args:
         positions: [n] int32, absolute position of each token in its own sequence.
     """
 
-    def __init__(self, config: DecoderConfig, positions: Tensor, cache: CacheHandle) -> None:
-        self.config, self.cache, self.positions = config, cache, positions
+    def __init__(self, config: DecoderConfig, positions: Tensor) -> None:
+        self.config, self.positions = config, positions
         self.scale = config.attention_scale
         self._tables: dict[Any, Any] = {}
 
@@ -86,6 +76,14 @@ class Step:
             )
 
         return op.tensor_expr_op(compute_scaled, "scale_by_position", [q, self._tables[key]])
+
+
+class Step(Positions):
+    """One forward step as a model sees it: n tokens, their positions, and the cache."""
+
+    def __init__(self, config: DecoderConfig, positions: Tensor, cache: CacheHandle) -> None:
+        super().__init__(config, positions)
+        self.cache = cache
 
     def attention(
         self,
@@ -192,15 +190,7 @@ def _cos_sin(
     return table("cos"), table("sin")
 
 
-def _renamed(name: str, parts: Mapping[str, str]) -> str:
-    """A dotted name with some of its parts replaced."""
-    name = f".{name}."
-    for ours, theirs in parts.items():
-        name = name.replace(f".{ours}.", f".{theirs}.")
-    return name[1:-1]
-
-
-class CausalLM(nn.Module):
+class CausalLM(Architecture):
     """A decoder with its entry points. Subclasses make the blocks.
 
     Args:
@@ -208,17 +198,6 @@ class CausalLM(nn.Module):
         norm: makes the norm behind the last layer.
     """
 
-    # Parameter name parts that hold several checkpoint tensors, concatenated along the output axis.
-    fused: ClassVar[dict[str, tuple[str, ...]]] = {}
-    # Patterns of checkpoint tensors that no parameter needs.
-    ignored: ClassVar[tuple[str, ...]] = ("*.rotary_emb.inv_freq", "rotary_emb.inv_freq")
-    # Whole parts of the names of our modules -> what the family's checkpoints call them, in order.
-    checkpoint_names: ClassVar[Mapping[str, str]] = {}
-    # The same for parameters of the compiled model, which are called as in folders that are
-    # published for MLC.
-    published_names: ClassVar[Mapping[str, str]] = {}
-    # Added to the weight of every norm: some families store what it differs from 1 by.
-    norm_shift: ClassVar[float] = 0.0
     # Whether lm_head has a bias.
     head_bias: ClassVar[bool] = False
 
@@ -234,8 +213,13 @@ class CausalLM(nn.Module):
         self, input_ids: Tensor, positions: Tensor, cache: CacheHandle, logit_positions: Tensor
     ) -> Tensor:
         """Token ids [n] and the rows wanted [m] to logits [m, vocab] float32."""
-        *_, x = self._layers(self.embed(input_ids), positions, cache)
-        return self._logits(self.model.norm(take_rows(x, logit_positions)))
+        return self._logits(self._rows(input_ids, positions, cache, logit_positions))
+
+    def embeddings(
+        self, input_ids: Tensor, positions: Tensor, cache: CacheHandle, rows: Tensor
+    ) -> Tensor:
+        """Token ids [n] and the rows wanted [r] to the final norm's output [r, hidden] float32."""
+        return op.astype(self._rows(input_ids, positions, cache, rows), "float32")
 
     def hidden_states(self, input_ids: Tensor, positions: Tensor, cache: CacheHandle) -> tuple:
         """The residual stream before the first layer and after each, and the final norm of it.
@@ -257,6 +241,12 @@ class CausalLM(nn.Module):
             x = layer(x, step, index)
             yield x
 
+    def _rows(
+        self, input_ids: Tensor, positions: Tensor, cache: CacheHandle, rows: Tensor
+    ) -> Tensor:
+        *_, x = self._layers(self.embed(input_ids), positions, cache)
+        return self.model.norm(take_rows(x, rows))
+
     def _logits(self, x: Tensor) -> Tensor:
         if self.config.tie_word_embeddings:
             weight = self.model.embed_tokens.weight
@@ -266,75 +256,35 @@ class CausalLM(nn.Module):
         return scaled(logits, self.config.logits_scale)
 
     def export_spec(self) -> dict:
-        """Signatures of the entry points, for `export_tvm`."""
-
-        def method(**arguments) -> dict:
-            return {**arguments, "$": {"param_mode": "plain", "effect_mode": "none"}}
-
-        ids, rows = spec.Tensor(["n"], "int32"), spec.Tensor(["m"], "int32")
+        ids = spec.Tensor(["n"], "int32")
         step = {"input_ids": ids, "positions": ids, "cache": spec.Object(CacheHandle)}
-        return {
-            "forward": method(**step, logit_positions=rows),
-            "hidden_states": method(**step),
-            "embed": method(input_ids=ids),
+        methods = {
+            "forward": entry_point(**step, logit_positions=spec.Tensor(["m"], "int32")),
+            "embeddings": entry_point(**step, rows=spec.Tensor(["r"], "int32")),
+            "hidden_states": entry_point(**step),
         }
+        if not self.config.has_head:
+            del methods["forward"]
+        return methods
 
-    def export_tvm(self, spec: dict, debug: bool = False, allow_extern: bool = False) -> Any:
-        """As in `nn.Module`, with parameters under their published names."""
-        methods = ModuleSpec.from_raw(spec, self)
-        # The exporter takes parameters from the attributes of a module, and reads nothing else.
-        methods.module = nn.Module()
-        for name, parameter in self.named_parameters():
-            setattr(methods.module, _renamed(name, self.published_names), parameter)
-        return Exporter(debug=debug).build(methods)[: 3 if allow_extern else 2]
-
-    def parameter_specs(self) -> list[ParameterSpec]:
-        """Every parameter in model order, with the checkpoint tensors it is made of."""
-        return [
-            ParameterSpec(
-                _renamed(name, self.published_names),
-                shape,
-                "float32" if is_float32 else self._role(name, shape),
-                tuple(self._with_names(source) for source in self._sources(name, shape)),
-            )
-            for name, shape, is_float32 in (
-                (
-                    name,
-                    tuple(int(extent) for extent in parameter.shape),
-                    isinstance(parameter, Float32Parameter),
-                )
-                for name, parameter in self.named_parameters()
-            )
-        ]
+    def stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().stored_parameters():
+            if self.config.has_head or not name.startswith("lm_head."):
+                yield name, parameter
 
     def ignored_sources(self) -> tuple[str, ...]:
-        """Patterns of checkpoint tensors that may stay unused."""
-        return self.ignored
+        if self.config.has_head:
+            return self.ignored
+        names = map(self._checkpoint_name, ("lm_head.weight", "lm_head.bias"))
+        return (*self.ignored, *names)
 
     def _role(self, name: str, shape: tuple[int, ...]) -> Role:
-        if len(shape) == 1 or "norm." in name:
-            return "vector"
         if name == "lm_head.weight":
             return "lm_head"
-        return "embedding" if name.endswith("embed_tokens.weight") else "linear"
-
-    def _sources(self, name: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
-        for part, pieces in self.fused.items():
-            if f".{part}." in name:
-                rows = self.fused_rows(part)
-                return tuple(
-                    Source(self._checkpoint_name(name.replace(part, piece)), (count, *shape[1:]))
-                    for piece, count in zip(pieces, rows, strict=True)
-                )
-        shift = self.norm_shift if name.endswith("norm.weight") else 0.0
-        return (Source(self._checkpoint_name(name), shape, shift=shift),)
-
-    def _checkpoint_name(self, name: str) -> str:
-        return _renamed(name, self.checkpoint_names)
+        return "embedding" if name.endswith("embed_tokens.weight") else super()._role(name, shape)
 
     def _with_names(self, source: Source) -> Source:
-        """A source with all that checkpoints call it, and what is tied to it."""
-        source = replace(source, other_names=self._other_names(source.name))
+        source = super()._with_names(source)
         if not (
             self.config.tie_word_embeddings
             and source.name == self._checkpoint_name("model.embed_tokens.weight")
@@ -354,11 +304,3 @@ class CausalLM(nn.Module):
             return (f"language_model.{name}",)
         inner = name.removeprefix(base)
         return (inner, f"language_model.{name}", f"model.language_model.{inner}")
-
-    def fused_rows(self, part: str) -> tuple[int, ...]:
-        """Output rows of each tensor that a fused parameter is made of."""
-        config = self.config
-        if part == "gate_up_proj":
-            return (config.intermediate_size, config.intermediate_size)
-        key_value = config.num_key_value_heads * config.head_dim
-        return (config.num_attention_heads * config.head_dim, key_value, key_value)

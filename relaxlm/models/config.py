@@ -87,7 +87,11 @@ class DecoderConfig(BaseModel):
     # One window per layer, 0 for full attention; `read` fills it in from the family's spelling.
     windows: tuple[int, ...]
     attention_sinks: int = Field(ge=0)
+    # What the model is for; "embedding" needs no logits.
+    model_task: Literal["chat", "embedding"] = "chat"
 
+    # Whether every token attends to all of its text, in one step and without a cache.
+    is_encoder: ClassVar[bool] = False
     # Whether rotary embeddings pair features 2 i and 2 i + 1.
     rope_in_pairs: ClassVar[bool] = False
 
@@ -171,6 +175,16 @@ class DecoderConfig(BaseModel):
     def for_context(self, context: int) -> "DecoderConfig":
         """The same model with rotary embeddings for texts of up to `context` tokens."""
         return self.model_copy(update={"rope": self.rope.for_context(context)})
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a library of the model computes logits."""
+        return self.model_task == "chat"
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that the model was trained for."""
+        return self.max_position_embeddings
 
     @property
     def attention_scale(self) -> float:

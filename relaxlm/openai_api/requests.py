@@ -65,12 +65,19 @@ class CompletionRequest(SamplingFields):
 
 
 class EmbeddingRequest(RequestModel):
-    """What a client asks of /v1/embeddings."""
+    """What a client asks of /v1/embeddings.
+
+    Beyond OpenAI's API: `prompt_name` chooses what is put in front of texts, as in
+    sentence-transformers; `truncate` cuts off the end of texts that are too long, as in Hugging
+    Face's text-embeddings-inference. Token ids are taken as they are.
+    """
 
     input: Prompts
     model: str | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
+    prompt_name: str | None = None
+    truncate: bool | None = None
     user: str | None = None
 
     without_effect: ClassVar[Mapping[str, str]] = {"user": NO_EFFECT["user"]}

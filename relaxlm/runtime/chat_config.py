@@ -55,6 +55,37 @@ _RENAMED = {
 }
 
 
+Pooling = Literal["cls", "mean", "last", "max"]
+
+
+class EmbeddingMetadata(BaseModel):
+    """The key "embedding_metadata": how the states of a text become its vector.
+
+    `pooling_strategy`: the state of the first token, their mean, the state of the last token, or
+    the largest number of each feature. `normalize`: whether vectors have length 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_type: Literal["encoder", "decoder"]
+    pooling_strategy: Pooling
+    normalize: bool = True
+
+
+class EmbeddingSection(BaseModel):
+    """What else sentence-transformers keeps of an embedding model.
+
+    `prompts`: what is put in front of texts, by what they are for ("query"); the one named
+    `default_prompt_name` wherever nothing else is asked for. `lowercase`: whether texts are.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: dict[str, str] = Field(default_factory=dict)
+    default_prompt_name: str | None = None
+    lowercase: bool = False
+
+
 class RelaxLMSection(BaseModel):
     """The key "relaxlm": what the ecosystem's format has no place for.
 
@@ -68,6 +99,7 @@ class RelaxLMSection(BaseModel):
     special_tokens: dict[str, str] = Field(default_factory=dict)
     top_k: int | None = None
     min_p: float | None = None
+    embedding: EmbeddingSection = EmbeddingSection()
 
 
 class ChatConfigFile(BaseModel):
@@ -107,7 +139,7 @@ class ChatConfigFile(BaseModel):
     bos_token_id: int = 1
     eos_token_id: int | list[int] = 2
     model_task: Literal["chat", "embedding"] = "chat"
-    embedding_metadata: dict[str, Any] | None = None
+    embedding_metadata: EmbeddingMetadata | None = None
     relaxlm: RelaxLMSection = RelaxLMSection()
 
     _legacy: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -172,6 +204,17 @@ class ChatConfigFile(BaseModel):
     def eos_token_ids(self) -> list[int]:
         """The tokens that end a text, as a list."""
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
+
+    def embedding(self, is_encoder: bool) -> EmbeddingMetadata:
+        """How vectors are made: as the file says, or else as MLC's tools do.
+
+        An encoder's vector is the state of its first token, a decoder's that of the last one.
+        """
+        if self.embedding_metadata is not None:
+            return self.embedding_metadata
+        if is_encoder:
+            return EmbeddingMetadata(model_type="encoder", pooling_strategy="cls")
+        return EmbeddingMetadata(model_type="decoder", pooling_strategy="last")
 
     @property
     def chat_templates(self) -> dict[str, str]:

@@ -27,6 +27,13 @@ from relaxlm.errors import ContextOverflowError, RequestError, TemplateError
 from relaxlm.files import format_bytes
 from relaxlm.runtime.cache_size import CacheSize, pages_for
 from relaxlm.runtime.chat_settings import ChatConfig
+from relaxlm.runtime.embedding import (
+    Embedder,
+    TextReader,
+    check_dimensions,
+    check_texts,
+    finish,
+)
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generation import GenerationConfig
 from relaxlm.runtime.generator import Generator, Reply, Timings
@@ -116,6 +123,7 @@ class ChatModule:
         self.executor = Executor(self.library, self.model.weights, size.pages, size.state_slots)
         self.sequences = size.sequences(info)
         self.generator = Generator(self.executor, self.sequences, self.tokenizer)
+        self.embedder = Embedder(self.executor, self.sequences, self.model.embedding)
         self.messages: list[Message] = []
         self.replies: list[Reply] = []
         self.timings = Timings()
@@ -149,6 +157,7 @@ class ChatModule:
                 template refuses. The conversation is as it was before.
         """
         try:
+            self.model.refuse_embedding_model()
             settings = self.settings(generation_config)
             if progress_callback is not None and settings.n > 1:
                 raise RequestError(
@@ -211,6 +220,7 @@ class ChatModule:
         Raises:
             ContextOverflowError: prompt and reply do not fit into the context window.
         """
+        self.model.refuse_embedding_model()
         settings = GenerationConfig(max_tokens=generate_length, ignore_eos=True, temperature=0.0)
         ids = self.prompts.encode_text(prompt)
         self._check_fits(len(ids))
@@ -223,15 +233,54 @@ class ChatModule:
         self._drop_cache()
         return self._run(ids, settings, None, continuing=True).text
 
-    def embed_text(self, text: str) -> np.ndarray:
-        """The vectors that the first layer reads for a text: [tokens, hidden] float32."""
-        chunk = self.library.metadata.limits.prefill_chunk_size
-        ids = np.asarray(self.prompts.encode_text(text), np.int32)
-        if not len(ids):
-            raise RequestError("embed_text: the text has no tokens, expected at least one")
-        return np.concatenate(
-            [self.executor.embed(ids[i : i + chunk]) for i in range(0, len(ids), chunk)]
+    def embed_text(
+        self,
+        text: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        truncate: bool = False,
+    ) -> np.ndarray:
+        """A vector for each text, as the folder's `embedding_metadata` says it is made.
+
+        Args:
+            text: one text or several, none of them empty.
+            prompt_name: of the model's prompts ("query", "document"), which one to put in front of
+                every text; the model's own choice if None. `prompt` gives its words instead.
+            dimensions: how many numbers of each vector to keep, for models trained for it.
+            truncate: cut off the end of a text that is longer than the context window.
+
+        Returns:
+            [texts, hidden] float32, or [texts, dimensions].
+
+        Raises:
+            RequestError: no text, an empty one, no such prompt, or too many dimensions.
+            ContextOverflowError: a text that is too long.
+        """
+        if not isinstance(text, str | Sequence):
+            raise RequestError(
+                f"embed_text: a {type(text).__name__}, expected a text or a list of texts"
+            )
+        reader = TextReader(
+            self.tokenizer, self.model.config.relaxlm.embedding, self.context_window_size
         )
+        if prompt is None:
+            prompt = reader.prompt(prompt_name)
+        elif prompt_name is not None:
+            raise RequestError("prompt and prompt_name are both given: give one of them")
+        texts = [
+            reader.ids(one, prompt, truncate) for one in ([text] if isinstance(text, str) else text)
+        ]
+        check_texts(texts, self.context_window_size, self.model.vocab_size)
+        check_dimensions(dimensions, self.library.metadata.hidden_size)
+        vectors: list[np.ndarray] = []
+        while len(vectors) < len(texts):
+            rest = texts[len(vectors) :]
+            if self.embedder.pages_of(rest[0]) > self.sequences.pool.free:
+                self._drop_cache()  # the conversation's, which is computed again when it goes on
+            states = self.embedder.run(rest[: self.embedder.together(rest)])
+            vectors += [finish(x, self.model.embedding.normalize, dimensions) for x in states]
+        return np.stack(vectors)
 
     def _generate(
         self,

@@ -11,7 +11,7 @@ from relaxlm.errors import ContextOverflowError, RequestError
 from relaxlm.runtime import tvm_runtime
 from relaxlm.runtime.library import Library, needs_gpu
 from relaxlm.runtime.params import WeightFolder
-from relaxlm.runtime.step_tables import BatchTables
+from relaxlm.runtime.step_tables import BatchTables, TextTables
 from relaxlm.runtime.threads import set_threads
 
 
@@ -73,9 +73,12 @@ class Executor:
         self.device = _device(library)
         self.on_gpu = self.metadata.target.kind != "cpu"
         machine = tvm_runtime.machine(library.module, self.device)
-        self._forward, self._copy = machine["forward"], machine["copy_pages"]
-        self._hidden, self._embed = machine["hidden_states"], machine["embed"]
-        self._peaks: Any = None if self.on_gpu else machine["peaks"]
+        self._hidden, self._embeddings = machine["hidden_states"], machine["embeddings"]
+        if self.metadata.model_task == "chat":
+            self._forward = machine["forward"]
+            self._peaks: Any = None if self.on_gpu else machine["peaks"]
+        if not self.metadata.is_encoder:
+            self._copy = machine["copy_pages"]
         self._logits: Any = None
         # What `download` finds out about every tensor is known of these.
         self._read = tvm_runtime.download if self.on_gpu else np.from_dlpack
@@ -91,7 +94,9 @@ class Executor:
             [self._zeros((state_slots, *tensor.shape), tensor.dtype) for tensor in states]
         )
         # Tables that a step takes, and the tensors that it changes.
-        self._cache = (self._kv, self._states) if states else (self._kv,)
+        self._cache: tuple[Any, ...] = (self._kv, self._states) if states else (self._kv,)
+        if self.metadata.is_encoder:
+            self._cache = ()
         self._tables = len(BatchTables._fields) if states else _TABLES_OF_PAGES
 
     def _set_params(self, tensors: Sequence[Any]) -> None:
@@ -106,7 +111,7 @@ class Executor:
             self.metadata.memory.params,
             self.pages * cache.page_size * cache.bytes_per_token,
             self.state_slots * self.metadata.state.bytes_per_sequence,
-            self.metadata.memory.temporary["forward"],
+            self.metadata.step_bytes,
         )
 
     def forward(
@@ -142,20 +147,38 @@ class Executor:
         """
         return None if self.on_gpu else self._read(self._peaks(self._logits))
 
-    def hidden_states(self, tables: BatchTables, input_ids: np.ndarray) -> list[np.ndarray]:
+    def embeddings(
+        self, tables: BatchTables | TextTables, input_ids: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Run one step for states instead of logits.
+
+        Args:
+            tables: as for `forward`, or, for an encoder, of whole texts.
+            rows: [r] int32, the rows of the step whose states are wanted, at least one.
+
+        Returns:
+            [r, hidden] float32, what the last layer's norm makes of them.
+
+        Raises:
+            RequestError, ContextOverflowError: as `forward` does.
+        """
+        self._check(input_ids, len(tables.row_offsets) - 1, 0)
+        assert len(input_ids) == tables.row_offsets[-1] == len(tables.positions)
+        first, last = _bounds(rows)
+        assert 0 <= first and last < len(input_ids) >= len(rows)
+        inputs = self._inputs((input_ids, *tables[: self._tables], rows))
+        return self._read(self._embeddings(*inputs, *self._cache, self._params))
+
+    def hidden_states(
+        self, tables: BatchTables | TextTables, input_ids: np.ndarray
+    ) -> list[np.ndarray]:
         """The residual stream [n, hidden] float32 before the first layer and after each, and the
         final norm's output.
         """
-        self._check(input_ids, len(tables.kv_lengths), 0)
+        self._check(input_ids, len(tables.row_offsets) - 1, 0)
         inputs = self._inputs((input_ids, *tables[: self._tables]))
         layers = self._hidden(*inputs, *self._cache, self._params)
         return [tvm_runtime.download(layer) for layer in layers]
-
-    def embed(self, input_ids: np.ndarray) -> np.ndarray:
-        """Token ids [n] int32 to the vectors that the first layer reads, [n, hidden] float32."""
-        self._check(input_ids, 1, 0)
-        rows = self._embed(*self._inputs((input_ids,)), self._params)
-        return tvm_runtime.download(rows).astype(np.float32)
 
     def copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy whole pages in every layer, before the step that writes to the copies.

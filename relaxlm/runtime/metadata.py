@@ -1,11 +1,11 @@
 """What a compiled library says of itself: the JSON behind its `_metadata` function."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 # Counts changes of the contract between library and runtime; they must agree.
-CONTRACT = 3
+CONTRACT = 4
 
 
 class _Strict(BaseModel):
@@ -42,7 +42,8 @@ class TensorInfo(_Strict):
 class CacheInfo(_Strict):
     """The KV cache; `tensors` in the order of the `kv` tuple, [pages, *shape] each.
 
-    If no layer attends, there are none, and a page is no more than a number (`page_size` is large).
+    If no layer attends, or it attends to the step itself as an encoder does, there are none, and a
+    page is no more than a number (`page_size` is large). An encoder's functions take no cache.
     """
 
     dtype: str
@@ -70,9 +71,17 @@ class MemoryPlan(_Strict):
 
 
 class LibraryMetadata(_Strict):
+    """
+    Attributes:
+        model_task: "embedding" for a library without logits.
+        is_encoder: whether each text is read in one step, and no token is appended to it.
+    """
+
     contract: int
     versions: dict[str, str]
     model_type: str
+    model_task: Literal["chat", "embedding"]
+    is_encoder: bool
     quantization: str
     model_config_json: dict[str, Any]
     hidden_size: int
@@ -84,3 +93,13 @@ class LibraryMetadata(_Strict):
     state: StateInfo
     params: list[TensorInfo]
     memory: MemoryPlan
+
+    @property
+    def main_function(self) -> str:
+        """What the library is for: its plan says how much memory running the model takes."""
+        return "forward" if self.model_task == "chat" else "embeddings"
+
+    @property
+    def step_bytes(self) -> int:
+        """Buffers of the largest step."""
+        return self.memory.temporary[self.main_function]

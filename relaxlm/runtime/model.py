@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relaxlm.errors import ConfigError, TemplateError
-from relaxlm.runtime.chat_config import ChatConfigFile
+from relaxlm.errors import ConfigError, RequestError, TemplateError
+from relaxlm.runtime.chat_config import ChatConfigFile, EmbeddingMetadata
 from relaxlm.runtime.chat_settings import ChatConfig
 from relaxlm.runtime.generation import GenerationConfig
 from relaxlm.runtime.library import (
@@ -91,6 +91,27 @@ class ServedModel:
     def name(self) -> str:
         """What the model is called: its folder's name."""
         return self.folder.resolve().name
+
+    @property
+    def embeds_only(self) -> bool:
+        """Whether the library makes vectors of texts and computes no logits."""
+        return self.library.metadata.model_task == "embedding"
+
+    @property
+    def embedding(self) -> EmbeddingMetadata:
+        """How vectors are made of texts."""
+        return self.config.embedding(self.library.metadata.is_encoder)
+
+    def refuse_embedding_model(self) -> None:
+        """
+        Raises:
+            RequestError: the model cannot write a reply.
+        """
+        if self.embeds_only:
+            raise RequestError(
+                f"{self.name} is an embedding model: it makes vectors of texts and writes no "
+                "replies. Use embed_text, `relaxlm embed` or /v1/embeddings"
+            )
 
     @property
     def vocab_size(self) -> int:

@@ -35,6 +35,22 @@ class BatchTables(NamedTuple):
     state_targets: np.ndarray = NO_NUMBERS  # [b]
 
 
+class TextTables(NamedTuple):
+    """The same for a step of an encoder over b whole texts; text i has the tokens
+    row_offsets[i] .. row_offsets[i + 1] - 1 of the step."""
+
+    positions: np.ndarray  # [n] place of each token in its text
+    row_offsets: np.ndarray  # [b + 1]
+
+
+def text_tables(lengths: Sequence[int]) -> TextTables:
+    """Tables of a step over texts of so many tokens."""
+    row_offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=row_offsets[1:])
+    positions = np.arange(row_offsets[-1], dtype=np.int32)
+    return TextTables(positions - np.repeat(row_offsets[:-1], lengths), row_offsets)
+
+
 @dataclass(slots=True)
 class PagedSequence:
     """What is known of one sequence; `PagedSequences` changes it."""

@@ -94,7 +94,7 @@ class Job:
         """Bytes of the original model in float32, of the library, and of the results compared."""
         info = self.library.metadata
         original = 4 * sum(math.prod(spec.shape) for spec in self.specs)
-        temporary = max(info.memory.temporary["forward"], info.memory.temporary["hidden_states"])
+        temporary = max(info.step_bytes, info.memory.temporary["hidden_states"])
         tokens = sum(len(ids) for _, ids in self.texts)
         longest = max(len(ids) for _, ids in self.texts)
         per_token = info.vocab_size + (len(self.config.windows) + 1) * info.hidden_size

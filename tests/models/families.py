@@ -151,7 +151,7 @@ class Recorder:
 
     def _listen(self, patch: pytest.MonkeyPatch) -> None:
         make, run = parity.Compiled.__init__, parity.Compiled.run
-        from_config = transformers.AutoModelForCausalLM.from_config
+        kinds_of_model = (transformers.AutoModelForCausalLM, transformers.AutoModel)
         compare = np.testing.assert_allclose
         kinds: dict[int, tuple[str, str]] = {}
 
@@ -168,9 +168,12 @@ class Recorder:
             self._logits += [(part, *kinds[id(compiled)]) for part in logits]
             return logits
 
-        def built(*arguments, **options):
-            self._reference = TRANSFORMERS
-            return from_config(*arguments, **options)
+        def built(from_config):
+            def build(*arguments, **options):
+                self._reference = TRANSFORMERS
+                return from_config(*arguments, **options)
+
+            return build
 
         def compared(actual, desired, *arguments, **options):
             for logits, model_type, scheme in self._logits:
@@ -181,7 +184,8 @@ class Recorder:
 
         patch.setattr(parity.Compiled, "__init__", made)
         patch.setattr(parity.Compiled, "run", ran)
-        patch.setattr(transformers.AutoModelForCausalLM, "from_config", built)
+        for kind in kinds_of_model:
+            patch.setattr(kind, "from_config", built(kind.from_config))
         patch.setattr(np.testing, "assert_allclose", compared)
 
 

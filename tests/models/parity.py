@@ -17,6 +17,7 @@ from relaxlm.runtime.library import Library
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.state_slots import StateSlots
+from relaxlm.runtime.step_tables import text_tables
 
 VOCAB = 131
 SLOTS = 16
@@ -46,10 +47,15 @@ def reference_model(raw: dict) -> transformers.PreTrainedModel:
     """The model transformers builds from a config.json, with no weight left at its default."""
     config = transformers.AutoConfig.for_model(**raw)
     torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    kind = transformers.AutoModelForCausalLM
+    if models.load_config(raw).is_encoder:
+        kind = transformers.AutoModel
+    model = kind.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or ".ln_" in name:  # ones by default, which would hide a swapped norm
+            if (
+                "norm" in name.lower() or ".ln_" in name
+            ):  # ones by default, which would hide a swapped norm
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):  # zeros by default, which would hide a missing one
                 parameter.normal_(0, 0.3)
@@ -139,8 +145,14 @@ class Compiled:
         """Feed sequences together, `chunks` tokens of each per step; returns every row's logits.
 
         Logits come `max_batch_size` rows at a time, so a step is repeated for further rows, unless
-        that would change a recurrent layer's state once more.
+        that would change a recurrent layer's state once more. An encoder takes whole texts, and
+        gives their states.
         """
+        if self.executor.metadata.is_encoder:
+            tables = text_tables([len(prompt) for prompt in prompts])
+            flat = np.concatenate(prompts).astype(np.int32)
+            states = self.executor.embeddings(tables, flat, np.arange(len(flat), dtype=np.int32))
+            return np.split(states, tables.row_offsets[1:-1])
         ids = [self.sequences.add() for _ in prompts]
         rows: list[list[np.ndarray]] = [[] for _ in prompts]
         done = 0
@@ -172,9 +184,11 @@ class Compiled:
 
 
 def reference_logits(model: transformers.PreTrainedModel, ids: np.ndarray) -> np.ndarray:
-    """[n] token ids to [n, vocab] float32."""
+    """[n] token ids to [n, vocab] float32, or to the last states of an encoder [n, hidden]."""
     with torch.no_grad():
-        return model(torch.from_numpy(ids[None].astype(np.int64))).logits[0].float().numpy()
+        output = model(torch.from_numpy(ids[None].astype(np.int64)))
+    found = output.logits if "logits" in output else output.last_hidden_state
+    return found[0].float().numpy()
 
 
 def check_parity(raw: dict) -> None:
@@ -203,7 +217,8 @@ def compiled_and_reference(
 
 def check_quantized(raw: dict, scheme: str = "q4f16_1") -> None:
     """A preset computes what transformers computes with the values that the preset keeps."""
-    compiled, model = compiled_and_reference(raw, scheme, "kv_cache_dtype=float32")
+    cache = "" if models.load_config(raw).is_encoder else "kv_cache_dtype=float32"
+    compiled, model = compiled_and_reference(raw, scheme, cache)
     ids = np.random.default_rng(7).integers(0, VOCAB, 37)
     (logits,) = compiled.run([ids], [20, 1, 16])
     np.testing.assert_allclose(logits, reference_logits(model, ids), rtol=1e-4, atol=1e-5)

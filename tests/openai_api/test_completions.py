@@ -214,13 +214,17 @@ def test_embeddings_have_length_one() -> None:
     assert np.frombuffer(base64.b64decode(encoded), "<f4").tolist() == reply.data[0].embedding
 
 
-def test_a_part_of_an_embedding_is_refused() -> None:
-    vectors = [np.array([3, 4], np.float32)]
-    assert embed(vectors, input="the", dimensions=2).data
-    with pytest.raises(ApiError, match="dimensions = 1 is not supported"):
-        embed(vectors, input="the", dimensions=1)
+def test_the_first_numbers_of_an_embedding_have_length_one_too() -> None:
+    vectors = [np.array([3, 4, 12, 84], np.float32)]
+    assert embed(vectors, input="the", dimensions=2).data[0].embedding == pytest.approx([0.6, 0.8])
+    with pytest.raises(ApiError, match="have 4 numbers, expected 1 to 4") as info:
+        embed(vectors, input="the", dimensions=5)
+    assert info.value.param == "dimensions"
     with pytest.raises(ApiError, match="NaN"):
         embed(LibraryError("NaN"), input="the")
+    with pytest.raises(ApiError, match="this model's prompts are none") as info:
+        embed(vectors, input="the", prompt_name="query")
+    assert info.value.param == "prompt_name"
 
 
 def test_tokens_of_texts_and_messages() -> None:

@@ -73,7 +73,7 @@ CURRENT: dict[str, Any] = {
     "bos_token_id": 151642,
     "eos_token_id": [151645, 151643],
     "model_task": "chat",
-    "embedding_metadata": {"model_type": "x", "pooling_strategy": "cls", "normalize": True},
+    "embedding_metadata": {"model_type": "encoder", "pooling_strategy": "cls", "normalize": True},
 }
 
 

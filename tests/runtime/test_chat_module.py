@@ -149,15 +149,50 @@ def test_a_benchmark_that_does_not_fit_is_refused(chat):
     )
 
 
-def test_embed_text_gives_the_rows_of_the_embedding(chat, tiny):
-    text = "the cat sat 🙂 " * 40  # longer than one step
-    ids = chat.tokenizer.encode(text)
-    vectors = chat.embed_text(text)
-    assert vectors.shape == (len(ids), 64) and len(ids) > 256
-    np.testing.assert_array_equal(vectors, tiny.weights["model.embed_tokens.weight"][ids])
-    with pytest.raises(RequestError) as raised:
-        chat.embed_text("")
-    assert str(raised.value) == "embed_text: the text has no tokens, expected at least one"
+def test_embed_text_gives_the_final_state_of_the_last_token(chat, tiny, digits):
+    chat.reset_chat()
+    chat.generate("hello", digits)  # the conversation's cache is in the way of a long text
+    texts = ["the cat", "hello world", "the cat sat on the mat 🙂 " * 10, "the cat"]
+    vectors = chat.embed_text(texts)
+    assert vectors.shape == (4, 64) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    head = tiny.weights["lm_head.weight"].T
+    for text, vector in zip(texts, vectors, strict=True):
+        logits = llama_logits(tiny.weights, CONFIG, np.array(chat.tokenizer.encode(text)))[-1]
+        cosine = (vector @ head) @ logits / np.linalg.norm(vector @ head) / np.linalg.norm(logits)
+        assert cosine == pytest.approx(1, abs=1e-6)
+    alone = chat.embed_text("the cat")
+    np.testing.assert_allclose(alone, vectors[:1], rtol=1e-4, atol=1e-6)
+    assert len(chat.sequences) <= 1
+    assert chat.generate("and?", digits)  # the conversation goes on
+
+
+def test_texts_that_cannot_be_embedded_are_refused(chat):
+    for texts, message in (
+        ("", "text 0 has no tokens, expected at least one"),
+        ([], "no text to embed: expected at least one"),
+        (["the cat", ""], "text 1 has no tokens, expected at least one"),
+        (["the", 5], "a text to embed is a int, expected a string"),
+        (5, "embed_text: a int, expected a text or a list of texts"),
+    ):
+        with pytest.raises(RequestError) as raised:
+            chat.embed_text(texts)
+        assert str(raised.value) == message
+    with pytest.raises(
+        ContextOverflowError, match="tokens, the context window 256: shorten it, or"
+    ):
+        chat.embed_text(["the cat", "cat" * 300])
+    assert chat.embed_text("cat" * 300, truncate=True).shape == (1, 64)
+    with pytest.raises(RequestError, match="this model's prompts are none"):
+        chat.embed_text("the cat", prompt_name="query")
+    with pytest.raises(RequestError, match="have 64 numbers, expected 1 to 64"):
+        chat.embed_text("the cat", dimensions=65)
+
+
+def test_a_part_of_a_vector_has_length_one(chat):
+    whole, part = chat.embed_text("the cat"), chat.embed_text("the cat", dimensions=16)
+    assert part.shape == (1, 16)
+    np.testing.assert_allclose(part, whole[:, :16] / np.linalg.norm(whole[:, :16]), rtol=1e-6)
 
 
 def test_stats_count_and_time(chat, digits):

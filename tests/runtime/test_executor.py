@@ -14,6 +14,7 @@ from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.scoring import token_logits, token_logprobs
 from relaxlm.runtime.sequence_table import PagedSequences
+from relaxlm.runtime.step_tables import text_tables
 from relaxlm.runtime.tokenizer import Tokenizer
 from tests.numpy_llama import llama_logits
 from tests.reference import relative_error
@@ -119,11 +120,20 @@ def test_memory_is_what_is_allocated(tiny, loaded):
     assert memory.temporary >= 256 * (96 * 2 + 64) * 4  # of a step of 256 tokens, at least
 
 
-def test_embed_gives_rows_of_the_embedding(tiny, loaded):
-    ids = np.array([5, 0, VOCAB - 1, 5], np.int32)
-    rows = loaded[0].executor.embed(ids)
-    np.testing.assert_array_equal(rows, tiny.weights["model.embed_tokens.weight"][ids])
-    assert rows.dtype == np.float32
+def test_embeddings_are_the_rows_that_are_wanted_of_the_final_norm(loaded):
+    generator, sequences = loaded
+    seqs, ids = [sequences.add(), sequences.add()], IDS[:30].astype(np.int32)
+    tables = sequences.batch([(seqs[0], 9), (seqs[1], 21)])
+    rows = np.array([29, 0, 8, 8], np.int32)
+    found = generator.executor.embeddings(tables, ids, rows)
+    expected = generator.executor.hidden_states(tables, ids)[-1][rows]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    # More rows than the library computes logits of.
+    every = np.arange(30, dtype=np.int32)
+    assert generator.executor.embeddings(tables, ids, every).shape == (30, 64)
+    for seq in seqs:
+        sequences.free(seq)
 
 
 def test_hidden_states_start_with_the_embedding_and_end_with_the_final_norm(tiny, loaded):
@@ -196,8 +206,9 @@ def test_a_token_outside_the_vocabulary_is_refused(loaded, wrong):
     message = f"token id {wrong} is outside the model's vocabulary of 320"
     ids = np.array([1, 2, wrong, 3], np.int32)
     assert steps(loaded, [4], ids) == message
+    tables = text_tables([4])  # the ids are looked at first
     with pytest.raises(RequestError) as raised:
-        loaded[0].executor.embed(ids)
+        loaded[0].executor.embeddings(tables, ids, np.zeros(1, np.int32))
     assert str(raised.value) == message
 
 

@@ -26,7 +26,7 @@ from relaxlm.compiler.kernels.attention import AttentionShape
 from relaxlm.compiler.kernels.builder import emit, scratch
 from relaxlm.compiler.kernels.cpu_append import append_kernel, page_tensors
 from relaxlm.compiler.kernels.cpu_attention_one import Direct
-from relaxlm.compiler.kernels.cpu_attention_pages import PAGES, Round, Tables
+from relaxlm.compiler.kernels.cpu_attention_pages import PAGES, CachedRound, Tables
 from relaxlm.compiler.kernels.cpu_attention_parts import Parts, pages_per_part, parts_of
 from relaxlm.compiler.kernels.cpu_attention_products import (
     Exact,
@@ -244,7 +244,8 @@ def _attend_kernel(
         kept = Sums.declare(kept_rows, dim, page)
         whole = Sums.declare(kept_rows, dim, page) if plan.invariant else None
         queries = scratch(tokens, "int32")
-        pages = Round(tables, format, head, scratch(2 * PAGES, "int32"), scratch(PAGES, "int32"))
+        numbers, starts = scratch(2 * PAGES, "int32"), scratch(PAGES, "int32")
+        pages = CachedRound(tables, head, numbers, starts, format=format)
         # First row, rows, first page, the page after the last one.
         plan_ = scratch(4, "int32")
         first, count, begin, end = (plan_[i] for i in range(4))

@@ -70,7 +70,7 @@ class Direct:
             sums.start(lambda r, c: splat(0.0, page))
             with T.serial(dim // 2) as pair:
                 for c in range(beside):
-                    pages.prefetch(pages.tables.v, group * beside + c, pair, dim // 2)
+                    pages.prefetch_values(group * beside + c, pair, dim // 2)
                 for d in (2 * pair, 2 * pair + 1):
 
                     def product(r: Expr, c: int, total: Expr, d: Expr = d) -> Expr:
@@ -94,7 +94,7 @@ class Direct:
             with T.serial(here) as c, T.serial(self.page) as t:
                 # The keys of the next round, while the arithmetic units are busy.
                 step = part * self.page + t
-                pages.prefetch(pages.tables.k, PAGES_OF_ONE + c, step, loops * self.page)
+                pages.prefetch_keys(PAGES_OF_ONE + c, step, loops * self.page)
 
                 def product(r: Expr, p: int, total: Expr) -> Expr:
                     weight = splat(self.scores[self.score_at(r, c) + t], lanes)

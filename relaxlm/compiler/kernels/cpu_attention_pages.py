@@ -1,6 +1,7 @@
 """What CPU attention reads: the tables of a step, and the keys and values on the cache's pages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import tvm
 from tvm import tirx
@@ -139,6 +140,35 @@ class Tables:
         return mask
 
 
+class Sequences(Protocol):
+    """What a task reads, as pages of tokens: sequences of the cache, or the texts of a step.
+
+    Attributes:
+        by_position: see `Tables`.
+    """
+
+    @property
+    def shape(self) -> AttentionShape: ...
+
+    @property
+    def by_position(self) -> bool: ...
+
+    def number(self, sequence: Expr, index: Expr) -> Expr:
+        """Where a sequence's page `index` is."""
+
+    def position(self, sequence: Expr, index: Expr) -> Expr:
+        """Of the first token of a sequence's page `index`."""
+
+    def pages_seen(self, sequence: Expr, query: Expr) -> Expr:
+        """How many pages of a sequence the query at position `query` sees any token of."""
+
+    def remains(self, sequence: Expr, first: Expr, end: Expr) -> Expr:
+        """Whether any of the pages first .. end is still there."""
+
+    def visible(self, first: Expr, query: Expr) -> Expr:
+        """Which tokens of the page that begins at position `first` a query sees: [page] bool."""
+
+
 @dataclass(frozen=True)
 class Round:
     """Some pages of one KV head, and as many that come next.
@@ -150,8 +180,7 @@ class Round:
         size: pages of the round.
     """
 
-    tables: Tables
-    format: KVFormat
+    tables: Sequences
     head: Expr
     numbers: tirx.Buffer
     starts: tirx.Buffer
@@ -177,6 +206,67 @@ class Round:
         near = query - (last + shape.page_size - 1) < shape.window
         return near | (self.starts[0] < shape.sinks) if shape.sinks > 0 else near
 
+    def stage(self, page: Expr) -> None:
+        """Called before the keys of a page are read, feature after feature."""
+
+    def keys(self, page: Expr, feature: Expr) -> Expr:
+        """One feature of all tokens of a page: float32 [page]."""
+        raise NotImplementedError
+
+    def values(self, page: Expr, token: Expr, feature: Expr, lanes: int) -> Expr:
+        """Neighbouring features of a token: float32 [lanes]."""
+        raise NotImplementedError
+
+    def times_key_scale(self, value: Expr, page: Expr) -> Expr:
+        """Scores, or a feature, of a page's tokens times the scales of their keys."""
+        return value
+
+    def times_value_scale(self, value: Expr, page: Expr) -> Expr:
+        """Weights of a page's tokens times the scales of their values."""
+        return value
+
+    def times_token_scale(self, value: Expr, page: Expr, token: Expr, lanes: int) -> Expr:
+        """Features of one token's value times its scale."""
+        return value
+
+    def prefetch_keys(self, page: Expr, step: Expr, steps: int) -> None:
+        """Ask for a page's share of this step, one of `steps` that ask for all of it."""
+
+    def prefetch_values(self, page: Expr, step: Expr, steps: int) -> None:
+        """The same for values."""
+
+
+@dataclass(frozen=True)
+class CachedRound(Round):
+    """Pages of the cache; those of an fp8 cache have scales."""
+
+    tables: Tables
+    format: KVFormat = field(kw_only=True)
+
+    def keys(self, page: Expr, feature: Expr) -> Expr:
+        index = [*self._place(page), feature, 0]
+        return self._stored(self.tables.k, index, self.tables.shape.page_size)
+
+    def values(self, page: Expr, token: Expr, feature: Expr, lanes: int) -> Expr:
+        return self._stored(self.tables.v, [*self._place(page), token, feature], lanes)
+
+    def times_key_scale(self, value: Expr, page: Expr) -> Expr:
+        return self._times(value, self.tables.k_scales, page)
+
+    def times_value_scale(self, value: Expr, page: Expr) -> Expr:
+        return self._times(value, self.tables.v_scales, page)
+
+    def times_token_scale(self, value: Expr, page: Expr, token: Expr, lanes: int) -> Expr:
+        if not self.format.scaled:
+            return value
+        return value * splat(self.tables.v_scales[(*self._place(page), token)], lanes)
+
+    def prefetch_keys(self, page: Expr, step: Expr, steps: int) -> None:
+        self._prefetch(self.tables.k, page, step, steps)
+
+    def prefetch_values(self, page: Expr, step: Expr, steps: int) -> None:
+        self._prefetch(self.tables.v, page, step, steps)
+
     def _place(self, page: Expr) -> list:
         # 64 bits: a cache may hold more than 2**31 elements.
         return [T.Cast("int64", self.numbers[page]), self.head]
@@ -186,37 +276,13 @@ class Round:
             return decode_e4m3(pages.vload(index, vector("uint8", lanes)), lanes)
         return to_float32(pages.vload(index, vector(self.format.dtype, lanes)), lanes)
 
-    def keys(self, page: Expr, feature: Expr) -> Expr:
-        """One feature of all tokens of a page: float32 [page]."""
-        index = [*self._place(page), feature, 0]
-        return self._stored(self.tables.k, index, self.tables.shape.page_size)
-
-    def values(self, page: Expr, token: Expr, feature: Expr, lanes: int) -> Expr:
-        """Neighbouring features of a token: float32 [lanes]."""
-        return self._stored(self.tables.v, [*self._place(page), token, feature], lanes)
-
-    def times_key_scale(self, value: Expr, page: Expr) -> Expr:
-        """Scores, or a feature, of a page's tokens times the scales of their keys."""
-        return self._times(value, self.tables.k_scales, page)
-
-    def times_value_scale(self, value: Expr, page: Expr) -> Expr:
-        """Weights of a page's tokens times the scales of their values."""
-        return self._times(value, self.tables.v_scales, page)
-
     def _times(self, value: Expr, scales: tirx.Buffer, page: Expr) -> Expr:
         if not self.format.scaled:
             return value
         lanes = vector("float32", self.tables.shape.page_size)
         return value * scales.vload([*self._place(page), 0], lanes)
 
-    def times_token_scale(self, value: Expr, page: Expr, token: Expr, lanes: int) -> Expr:
-        """Features of one token's value times its scale."""
-        if not self.format.scaled:
-            return value
-        return value * splat(self.tables.v_scales[(*self._place(page), token)], lanes)
-
-    def prefetch(self, pages: tirx.Buffer, page: Expr, step: Expr, steps: int) -> None:
-        """Ask for a page's share of this step, one of `steps` that ask for all of it."""
+    def _prefetch(self, pages: tirx.Buffer, page: Expr, step: Expr, steps: int) -> None:
         shape = self.tables.shape
         item = tvm.DataType(self.format.dtype).bits // 8
         size = shape.head_dim * shape.page_size

@@ -259,13 +259,14 @@ class Exact(InRegisters):
     def fill(self, pages: Round, page: Expr) -> None:
         lanes, loops = self.lanes, self.dim // self.lanes
         with T.serial(2) as half:
+            pages.stage(page + half)
             with T.serial(self.dim) as d:
-                pages.prefetch(pages.tables.v, page + half, d, self.dim)
+                pages.prefetch_values(page + half, d, self.dim)
                 key = pages.times_key_scale(pages.keys(page + half, d), page + half)
                 put(self.k, ((page + half) * self.dim + d) * self.page, key, self.page)
             with T.serial(self.page) as t, T.serial(loops) as i:
                 following = page + half + 1
-                pages.prefetch(pages.tables.k, following, t * loops + i, self.page * loops)
+                pages.prefetch_keys(following, t * loops + i, self.page * loops)
                 value = pages.values(page + half, t, i * lanes, lanes)
                 value = pages.times_token_scale(value, page + half, t, lanes)
                 at = ((page + half) * self.page + t) * self.dim + i * lanes
@@ -305,8 +306,9 @@ class Bfloat16:
         page_size, steps = self.page, self.dim // 2
         for half in range(2):
             at_page = page + half
+            pages.stage(at_page)
             with T.serial(steps) as d:
-                pages.prefetch(pages.tables.v, at_page, d, steps)
+                pages.prefetch_values(at_page, d, steps)
                 words = self.call(
                     "pairs",
                     *(
@@ -317,7 +319,7 @@ class Bfloat16:
                 put(k, (at_page * steps + d) * page_size, words, 16)
             loops = self.dim // 16
             with T.serial(page_size // 2) as t, T.serial(loops) as i:
-                pages.prefetch(pages.tables.k, at_page + 1, t * loops + i, page_size // 2 * loops)
+                pages.prefetch_keys(at_page + 1, t * loops + i, page_size // 2 * loops)
                 tokens = [
                     pages.times_token_scale(
                         pages.values(at_page, 2 * t + j, i * 16, 16), at_page, 2 * t + j, 16
