@@ -33,6 +33,7 @@ BELOW["relaxlm.compiler"] = {
     "relaxlm.quantization",
     "relaxlm.runtime",
 }
+BELOW["relaxlm.web"] = {*BELOW["relaxlm.compiler"], "relaxlm.compiler"}
 
 
 def tracked_files() -> list[Path]:

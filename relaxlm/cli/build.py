@@ -15,7 +15,7 @@ def build(
     quantization: Annotated[
         str, typer.Option("--quantization", help="Preset, such as q4f16_1.")
     ] = "q4f16_1",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or wasm.")] = "auto",
     arch: Annotated[str | None, typer.Option("--arch", help="As for compile.")] = None,
     conv_template: Annotated[
         str | None, typer.Option("--conv-template", help="As for gen_config.")
@@ -39,4 +39,7 @@ def build(
     gen_config(source, folder, quantization, conv_template)
     typer.echo(f"3/3 compile -> {library}")
     compile(folder, library, target.kind, None, arch, overrides)
-    typer.echo(f"Chat with it: relaxlm chat {folder} --model-lib {library}")
+    if target.suffix == ".wasm":
+        typer.echo("It runs in browsers and in Node.js: docs/web.md")
+    else:
+        typer.echo(f"Chat with it: relaxlm chat {folder} --model-lib {library}")

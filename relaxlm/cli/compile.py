@@ -14,10 +14,15 @@ def compile(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Library to write: *.so, *.dylib or *.dll.")
+        Path,
+        typer.Option("--output", "-o", help="Library to write: *.so, *.dylib, *.dll or *.wasm."),
     ],
     device: Annotated[
-        str, typer.Option("--device", help="auto (this machine's GPU, else its CPU), cpu or cuda.")
+        str,
+        typer.Option(
+            "--device",
+            help="auto (this machine's GPU, else its CPU), cpu, cuda, or wasm (browsers' CPU).",
+        ),
     ] = "auto",
     quantization: Annotated[
         str | None,
@@ -69,7 +74,7 @@ def compile(
         )
     with compile_progress(f"compile {output.name}") as progress:
         compiled = request.compile(debug_dump=debug_dump, progress=progress)
-        compiled.save(output)
+        compiled.save(output, progress)
     print_memory(compiled.metadata)
     target = request.device
     seconds = sum(compiled.seconds.values())

@@ -35,6 +35,9 @@ from relaxlm.compiler.pipeline import (
     memory_passes,
 )
 from relaxlm.compiler.target import DeviceTarget
+from relaxlm.compiler.web.link import WasmLinker
+from relaxlm.errors import UnsupportedError
+from relaxlm.files import format_bytes
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.schemes import Scheme
 from relaxlm.runtime.metadata import (
@@ -57,6 +60,8 @@ _PAGE_OF_NUMBERS = 2**20
 
 # Layers after which the buffers of a step repeat.
 PLANNED_LAYERS = 3
+# Bytes that a WebAssembly module of TVM's JavaScript runtime can have: its addresses are signed.
+WASM_MEMORY = 2**31
 
 
 @dataclass
@@ -74,8 +79,11 @@ class CompiledModel:
     device: DeviceTarget
     seconds: dict[str, float]
 
-    def save(self, output: Path) -> None:
+    def save(self, output: Path, progress: Progress = lambda stage, share: None) -> None:
         """Write the library; it appears under its name only when complete.
+
+        Args:
+            progress: called if something has to be made first that later libraries need, too.
 
         Raises:
             ConfigError: the suffix does not fit the target.
@@ -83,7 +91,11 @@ class CompiledModel:
             CompileError: a CUDA library without machine code for some architecture.
         """
         self.device.check_output(output)
-        export_library(self.executable, output)
+        if self.device.suffix == ".wasm":
+            linker = WasmLinker.find(lambda: progress("compile TVM's runtime, once", 0.9))
+            export_library(self.executable, output, linker)
+        else:
+            export_library(self.executable, output)
         if self.device.kind == "cuda":
             check_device_code(output, self.device.arch)
 
@@ -107,6 +119,7 @@ def compile_model(
 
     Raises:
         CompileError: TVM, LLVM or nvcc failed.
+        UnsupportedError: a model that is too large for the CPU of browsers.
     """
     config = config.with_window(options.sliding_window_size, options.attention_sink_size)
     config = config.for_context(options.context_window_size)
@@ -116,6 +129,8 @@ def compile_model(
 
     clock.start("lower", 0.0)
     module, metadata = _lower(config, raw_config, scheme, device, options, debug_dump)
+    if device.kind == "wasm":
+        _check_wasm_memory(metadata)
     module = _add_metadata(module, metadata.model_dump_json())
 
     clock.start("generate code", 0.4)
@@ -125,6 +140,19 @@ def compile_model(
         executable = tvm.compile(module, target=target, relax_pipeline=tvm.transform.Sequential([]))
     clock.stop()
     return CompiledModel(executable, metadata, device, seconds)
+
+
+def _check_wasm_memory(info: LibraryMetadata) -> None:
+    context, cache = info.limits.context_window_size, info.kv_cache
+    pages = context * cache.bytes_per_token
+    needed = info.memory.params + info.memory.temporary[info.main_function] + pages
+    if needed > WASM_MEMORY:
+        raise UnsupportedError(
+            f"device 'wasm': the model needs {format_bytes(needed)} ({format_bytes(pages)} of it "
+            f"for a context of {context} tokens), and a WebAssembly module has "
+            f"{format_bytes(WASM_MEMORY)}. Use a preset of fewer bits, or a smaller "
+            '--overrides "context_window_size=...;prefill_chunk_size=..."'
+        )
 
 
 def describe_model(
@@ -148,7 +176,7 @@ def describe_model(
     _, plan = _lower(shallow, raw_config, scheme, device, options, None)
     temporary = {plan.main_function: plan.memory.temporary[plan.main_function]}
     specs = models.parameter_specs(config)
-    lowering = Lowering(config, specs, scheme, options.kv_format, device.kind)
+    lowering = Lowering(config, specs, scheme, options.kv_format, device.kernels)
     return _metadata(config, raw_config, scheme, device, options, lowering, temporary)
 
 
@@ -171,7 +199,7 @@ def _lower(
 ) -> tuple[tvm.IRModule, LibraryMetadata]:
     """Run every pass; the module is ready for code generation but for `_metadata`."""
     check_opt(options, scheme, device)
-    model = models.create(config, compute_dtype(device.kind, scheme))
+    model = models.create(config, compute_dtype(device.kernels, scheme))
     module, _ = model.export_tvm(spec=model.export_spec())
     specs = model.parameter_specs()
     lowering = Lowering(
@@ -179,7 +207,7 @@ def _lower(
         specs,
         scheme,
         options.kv_format,
-        device.kind,
+        device.kernels,
         options.act_quant,
         options.batch_invariant,
     )
@@ -194,8 +222,10 @@ def _lower(
         module = _bound_shapes(module, bounds)
         module = tvm.transform.Sequential(memory_passes())(module)
         temporary = _temporary_bytes(module, bounds)
-        if device.kind == "cpu":
-            workspace = _attention_workspace(config, options)
+        if device.kernels == "cpu":
+            # Browsers run all of a step on one thread.
+            threads = 1 if device.kind == "wasm" else usable_cores()
+            workspace = _attention_workspace(config, options, threads)
             for name in model.export_spec():
                 temporary[name] += workspace
         module = tvm.transform.Sequential(instruction_passes())(module)
@@ -326,12 +356,11 @@ def _temporary_bytes(module: tvm.IRModule, bounds: Mapping[str, int]) -> dict[st
     return sizes
 
 
-def _attention_workspace(config: DecoderConfig, options: CompileOptions) -> int:
-    """Bytes that attention on a CPU takes beside planned storage, on the threads of this machine.
+def _attention_workspace(config: DecoderConfig, options: CompileOptions, threads: int) -> int:
+    """Bytes that attention on a CPU takes beside planned storage.
 
     What the other kernels take is less than a megabyte per thread.
     """
-    threads = usable_cores()
     if not any(map(config.has_pages, range(config.num_hidden_layers))):
         return 0
     if config.latent_cache is not None:

@@ -18,12 +18,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from relaxlm.errors import ToolchainError
 
 COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 LINKERS = ("ld.lld", "ld")
+
+
+class LinksObjects(Protocol):
+    """What `export_library` needs."""
+
+    def link(self, output: Path, objects: Sequence[str | Path]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ def find_linker() -> Linker:
     )
 
 
-def export_library(executable: Any, output: Path, linker: Linker | None = None) -> None:
-    """Write a compiled module as a shared library.
+def export_library(executable: Any, output: Path, linker: LinksObjects | None = None) -> None:
+    """Write a compiled module as a library.
 
     The library appears under its name only when it is complete.
 

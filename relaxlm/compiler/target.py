@@ -26,8 +26,8 @@ from relaxlm.runtime import cpu, cuda
 if TYPE_CHECKING:
     import tvm
 
-Kind = Literal["cpu", "cuda"]
-DEVICES = ("auto", "cpu", "cuda")
+Kind = Literal["cpu", "cuda", "wasm"]
+DEVICES = ("auto", "cpu", "cuda", "wasm")
 
 REFUSED = {
     "vulkan": "the released TVM has no Vulkan code generator; use cuda on an NVIDIA GPU, or cpu",
@@ -52,6 +52,9 @@ CUDA_ARCHITECTURES = {
     "sm_121": "DGX Spark",
 }
 
+# What WebAssembly code may use beyond its first version: all browsers have had it since 2023.
+WASM_FEATURES = ("nontrapping-fptoint", "sign-ext", "simd128")
+
 # Portable CPU architectures: the levels of the x86-64 psABI.
 _LEVEL_2 = ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3")
 _LEVEL_3 = (*_LEVEL_2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
@@ -68,8 +71,9 @@ class DeviceTarget:
     """A device to compile for.
 
     Attributes:
-        kind: "cpu" or "cuda".
+        kind: "cpu" or "cuda"; "wasm" is the CPU as browsers show it.
         arch: cuda: the real architectures, oldest first. cpu: ("native",) or a psABI level.
+            wasm: ("wasm32",).
         cpu_features: LLVM names, sorted, of what the CPU code in the library may use beyond the
             architecture's baseline. Empty for cuda: host code only launches kernels.
         suffix: of the library's file name on this operating system.
@@ -79,6 +83,11 @@ class DeviceTarget:
     arch: tuple[str, ...]
     cpu_features: tuple[str, ...]
     suffix: str
+
+    @property
+    def kernels(self) -> str:
+        """Whose kernels the library has: "cpu" or "cuda"."""
+        return "cpu" if self.kind == "wasm" else self.kind
 
     def tvm_target(self, opt_level: int = 2) -> tvm.target.Target:
         """The target with its host, as TVM wants it. Imports TVM.
@@ -101,6 +110,8 @@ class DeviceTarget:
                 "thread_warp_size": 32,
             }
             return Target(device, host={"kind": "llvm", "opt-level": opt_level})
+        if self.kind == "wasm":
+            return Target(_wasm_code(opt_level))
         return _llvm_target(self, opt_level)
 
     def describe(self) -> dict[str, Any]:
@@ -108,7 +119,7 @@ class DeviceTarget:
         return {
             "kind": self.kind,
             "arch": list(self.arch),
-            "cpu": cpu.architecture(),
+            "cpu": "wasm32" if self.kind == "wasm" else cpu.architecture(),
             "cpu_features": list(self.cpu_features),
         }
 
@@ -129,9 +140,9 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
     """The target that `--device` and `--arch` name.
 
     Args:
-        device: "auto" (cuda if there is a usable GPU, else cpu), "cpu" or "cuda".
+        device: "auto" (cuda if there is a usable GPU, else cpu), "cpu", "cuda" or "wasm".
         arch: cuda: comma-separated real architectures, "sm_80,sm_90"; the machine's GPUs if None.
-            cpu: "native" (the same as None) or "x86-64-v2" .. "x86-64-v4".
+            cpu: "native" (the same as None) or "x86-64-v2" .. "x86-64-v4". wasm: none.
 
     Raises:
         ConfigError: an unknown device or architecture, or no GPU to take the architecture from.
@@ -145,6 +156,8 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
         device = "cuda" if usable_gpu() else "cpu"
     if device == "cuda":
         return _cuda(arch)
+    if device == "wasm":
+        return _wasm(arch)
     return _cpu(arch)
 
 
@@ -219,6 +232,28 @@ def _cpu(arch: str | None) -> DeviceTarget:
             + ", ".join(["native", *levels])
         )
     return DeviceTarget("cpu", (arch,), tuple(sorted(levels[arch])), library_suffix())
+
+
+def _wasm(arch: str | None) -> DeviceTarget:
+    if arch is not None:
+        raise ConfigError(f"arch '{arch}': device 'wasm' has one architecture; leave --arch out")
+    return DeviceTarget("wasm", ("wasm32",), WASM_FEATURES, ".wasm")
+
+
+def _wasm_code(opt_level: int) -> dict[str, Any]:
+    """How LLVM compiles for browsers.
+
+    The processor is the plainest one, with extensions by name: LLVM's others have extensions whose
+    names are younger than most installed emscriptens, which then refuse the object.
+    """
+    return {
+        "kind": "llvm",
+        "mtriple": "wasm32-unknown-unknown-wasm",
+        "mcpu": "mvp",
+        "vector-width": 128,
+        "mattr": [f"+{feature}" for feature in WASM_FEATURES],
+        "opt-level": opt_level,
+    }
 
 
 def _llvm_target(device: DeviceTarget, opt_level: int) -> tvm.target.Target:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import relaxlm
-from relaxlm.errors import CompileError, LibraryError
+from relaxlm.errors import CompileError, ConfigError, LibraryError
 from relaxlm.files import cache_folder, write_atomically
 from relaxlm.runtime.library import Library
 from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
@@ -42,8 +42,14 @@ def library_for(
     Raises:
         RelaxLMError: as `compile_model` and `Library.load` raise.
         CompileError: nothing can be written to the cache's folder.
+        ConfigError: a device whose libraries do not run in Python.
     """
     check_versions()
+    if target_kind(device) == "wasm":
+        raise ConfigError(
+            f"device '{device}' is for browsers, and nothing runs for it here: use cpu or cuda, or "
+            f"`relaxlm compile --device {device}` (docs/web.md)"
+        )
     libraries, seen = cache_folder() / "libraries", _seen(folder, device, overrides, opt)
     if seen is not None and seen.is_file():
         with suppress(LibraryError):
@@ -68,7 +74,7 @@ def library_for(
 
 
 def target_kind(device: str) -> str:
-    """What a library for `device` runs on: "cpu" or "cuda".
+    """What a library for `device` runs on: "cpu", "cuda" or "wasm".
 
     Raises:
         ConfigError: no such device.

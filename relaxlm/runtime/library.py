@@ -185,6 +185,11 @@ def _check_file(path: Path) -> None:
     refuse_lfs_pointer(path, LibraryError, "a library")
     with path.open("rb") as file:
         start = file.read(4096)
+    if start.startswith(b"\0asm"):
+        raise LibraryError(
+            f"{path} was compiled for browsers: relaxlm's JavaScript driver runs it there and in "
+            "Node.js (docs/web.md). Compile for this machine with --device cpu"
+        )
     if not start.startswith(_MAGIC):
         raise LibraryError(f"{path} is not a shared library (its first bytes are {start[:4]!r})")
     size, expected = path.stat().st_size, _elf_size(start)

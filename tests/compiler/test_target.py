@@ -34,7 +34,9 @@ def test_auto_is_cuda_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_devices_that_are_not() -> None:
-    assert message(ConfigError, "gpu") == "unknown device 'gpu'; the devices are auto, cpu, cuda"
+    assert message(ConfigError, "gpu") == (
+        "unknown device 'gpu'; the devices are auto, cpu, cuda, wasm"
+    )
     assert message(UnsupportedError, "vulkan") == (
         "device 'vulkan' is not supported: the released TVM has no Vulkan code generator; use cuda "
         "on an NVIDIA GPU, or cpu"
@@ -205,4 +207,18 @@ def test_features_that_stay_on_are_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(caught.value) == (
         "LLVM's processor 'x86-64' keeps avx, sse3, sse4.1, sse4.2, ssse3 switched on, which this "
         "machine does not have; compile with --arch x86-64-v3 or an older level"
+    )
+
+
+def test_browsers_have_one_architecture_and_the_suffix_of_webassembly() -> None:
+    target = resolve_device("wasm")
+    assert (target.kind, target.kernels, target.suffix) == ("wasm", "cpu", ".wasm")
+    assert target.describe() == {
+        "kind": "wasm",
+        "arch": ["wasm32"],
+        "cpu": "wasm32",
+        "cpu_features": ["nontrapping-fptoint", "sign-ext", "simd128"],
+    }
+    assert message(ConfigError, "wasm", "wasm64") == (
+        "arch 'wasm64': device 'wasm' has one architecture; leave --arch out"
     )

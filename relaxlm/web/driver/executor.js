@@ -1,0 +1,91 @@
+// Runs steps of a compiled model: the only file that knows the order of `forward`'s arguments.
+
+import { ContextOverflowError, RequestError } from "./errors.js";
+
+/** A library with weights and a KV cache, ready for steps. */
+export class Executor {
+  /**
+   * @param {import("./library.js").Library} library
+   * @param {object[]} params tensors in the library's order; belong to the executor from now on
+   * @param {number} pages of the KV cache
+   */
+  constructor(library, params, pages) {
+    this.library = library;
+    this.forwardFunction = library.function("forward");
+    const { kv_cache: cache, limits, vocab_size } = library.metadata;
+    this.limits = limits;
+    this.vocabSize = vocab_size;
+    const tensors = cache.tensors.map(({ shape, dtype }) =>
+      library.empty([pages, ...shape], dtype, library.device),
+    );
+    this.params = library.tuple(params);
+    this.kv = library.tuple(tensors);
+    // The tuples hold them now.
+    for (const tensor of [...params, ...tensors]) tensor.dispose();
+  }
+
+  /**
+   * Runs one step.
+   *
+   * @param tables from `PagedSequences.batch`
+   * @param {number[]} inputIds the new tokens of all sequences, one after the other
+   * @param {number[]} logitPositions rows of the step whose logits are wanted
+   * @returns {Promise<Float32Array>} [rows * vocabulary]
+   * @throws {RequestError} a token id outside the vocabulary
+   * @throws {ContextOverflowError} more tokens than the library was compiled for
+   */
+  async forward(tables, inputIds, logitPositions) {
+    const { library, limits } = this;
+    const { tvm } = library;
+    if (inputIds.length > limits.prefill_chunk_size) {
+      throw new ContextOverflowError(
+        `a step with ${inputIds.length} tokens: the library was compiled for ` +
+          `${limits.prefill_chunk_size}; compile with --overrides "prefill_chunk_size=..."`,
+      );
+    }
+    const wrong = inputIds.find((id) => !(id >= 0 && id < this.vocabSize));
+    if (wrong !== undefined) {
+      throw new RequestError(`token id ${wrong} is outside the vocabulary of ${this.vocabSize}`);
+    }
+    const lists = [
+      inputIds,
+      tables.positions,
+      tables.slots,
+      tables.rowOffsets,
+      tables.pageOffsets,
+      tables.pageIds,
+      tables.kvLengths,
+      tables.dropped,
+      logitPositions,
+    ];
+    tvm.beginScope();
+    let result;
+    try {
+      const inputs = lists.map((list) => {
+        const tensor = tvm.empty([list.length], "int32", library.device);
+        library.upload(tensor, new Uint8Array(Int32Array.from(list).buffer));
+        return tensor;
+      });
+      const logits = this.forwardFunction(...inputs, this.kv, this.params);
+      const { shape, dtype } = logits;
+      result = library.onGpu
+        ? tvm.empty(shape, dtype, library.cpu).copyFrom(logits)
+        : logits;
+      tvm.detachFromCurrentScope(result);
+    } finally {
+      tvm.endScope();
+    }
+    try {
+      if (library.onGpu) await library.device.sync();
+      return result.toArray();
+    } finally {
+      result.dispose();
+    }
+  }
+
+  dispose() {
+    this.kv.dispose();
+    this.params.dispose();
+    this.library.dispose();
+  }
+}

@@ -1,0 +1,3 @@
+export { ChatModule } from "./chat.js";
+export * from "./errors.js";
+export { DiskFiles, forgetFiles, WebFiles } from "./files.js";

@@ -1,0 +1,117 @@
+"""The JavaScript driver under Node.js, and what it runs.
+
+What takes minutes or the network to make (TVM's runtime for WebAssembly, packages from npm) is
+taken from and kept in this machine's own cache, not in the empty one of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relaxlm.errors import ToolchainError
+from relaxlm.files import cache_folder
+from relaxlm.web.npm import DRIVER, node_modules
+
+RunNode = Callable[..., Any]
+PATIENCE_S = 300
+
+
+@pytest.fixture(scope="session")
+def kept_cache(environment: None) -> None:
+    """Lets the parts that are made once per machine come from its cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RELAXLM_CACHE")
+        own = cache_folder()
+    for part in ("npm", "wasm-runtime"):
+        (own / part).mkdir(parents=True, exist_ok=True)
+        if not (cache_folder() / part).exists():
+            (cache_folder() / part).symlink_to(own / part)
+
+
+@pytest.fixture(scope="session")
+def driver(kept_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver's folder with the packages that it imports beside it."""
+    if shutil.which("node") is None:
+        pytest.skip("no Node.js: there is no program node")
+    try:
+        packages = node_modules()
+    except ToolchainError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("driver") / "relaxlm"
+    shutil.copytree(DRIVER, folder)
+    (folder / "node_modules").symlink_to(packages)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def node(driver: Path) -> RunNode:
+    """Runs the text of a module in the driver's folder; its `input` is what it is given.
+
+    It returns what the module passes to `output`.
+    """
+
+    def run(script: str, data: Any = None) -> Any:
+        file = driver / f"test-{os.urandom(4).hex()}.mjs"
+        result = file.with_suffix(".json")  # the runtime prints to standard output
+        file.write_text(
+            'import { readFileSync, writeFileSync } from "node:fs";\n'
+            'const input = JSON.parse(readFileSync(0, "utf8"));\n'
+            f"const output = (value) => writeFileSync({json.dumps(str(result))}, "
+            "JSON.stringify(value));\n"
+            f"{script}\n"
+        )
+        ended = subprocess.run(
+            ["node", file.name],
+            cwd=driver,
+            input=json.dumps(data),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert ended.returncode == 0, "\n".join(line[:300] for line in ended.stderr.splitlines())
+        return json.loads(result.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, converted to q4f16_1, with a chat configuration."""
+    from relaxlm.demo import MODEL_DIR
+    from tests.tiny_model import convert
+
+    sizes = {"context_window_size": 256, "prefill_chunk_size": 64}
+    return convert(MODEL_DIR, tmp_path_factory.mktemp("demo") / "demo-q4f16_1", "q4f16_1", **sizes)
+
+
+@pytest.fixture(scope="session")
+def demo_cpu(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its library for this machine, computing as exactly as browsers do."""
+    from relaxlm.compiler.request import CompileRequest
+
+    library = tmp_path_factory.mktemp("cpu") / "demo.so"
+    CompileRequest.read(demo, device="cpu", opt="O1;act_quant=0").compile().save(library)
+    return library
+
+
+@pytest.fixture(scope="session")
+def demo_wasm(demo: Path, kept_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its library for the CPU of browsers."""
+    from relaxlm.compiler.request import CompileRequest
+    from relaxlm.compiler.web.runtime import find_emcc
+
+    try:
+        find_emcc()
+    except ToolchainError as error:
+        pytest.skip(str(error))
+    library = tmp_path_factory.mktemp("wasm") / "demo.wasm"
+    CompileRequest.read(demo, device="wasm", opt="O1").compile().save(library)
+    return library
