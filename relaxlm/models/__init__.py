@@ -33,6 +33,7 @@ MODELS = {
     "gpt2": "gpt2",
     "gpt_bigcode": "gpt_bigcode",
     "gpt_neox": "gpt_neox",
+    "gpt_oss": "gpt_oss",
     "gptj": "gptj",
     "granite": "granite",
     "internlm2": "internlm2",

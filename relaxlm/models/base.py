@@ -17,7 +17,15 @@ from tvm.relax.frontend.nn import Tensor, op, spec
 
 from relaxlm.models.architecture import Architecture, entry_point
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import Decoder, Head, Norm, RMSNorm, rotate, scaled, take_rows
+from relaxlm.models.layers import (
+    Decoder,
+    Float32Linear,
+    Norm,
+    RMSNorm,
+    rotate,
+    scaled,
+    take_rows,
+)
 from relaxlm.models.weights import Role, Source
 
 PAGED_ATTENTION = "relaxlm.paged_attention"
@@ -207,7 +215,7 @@ class CausalLM(Architecture):
         self.config = config
         self.model = Decoder(config, blocks, norm)
         if not config.tie_word_embeddings:
-            self.lm_head = Head(config, self.head_bias)
+            self.lm_head = Float32Linear(config.hidden_size, config.vocab_size, self.head_bias)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, cache: CacheHandle, logit_positions: Tensor

@@ -256,12 +256,12 @@ class Decoder(nn.Module):
         self.norm = norm(config.hidden_size, config.norm_eps)
 
 
-class Head(nn.Module):
-    """[m, hidden] -> logits [m, vocab] in float32, whatever the model computes in."""
+class Float32Linear(nn.Module):
+    """[m, inputs] -> [m, outputs] in float32, whatever the model computes in: heads and routers."""
 
-    def __init__(self, config: DecoderConfig, bias: bool = False) -> None:
-        self.weight = nn.Parameter((config.vocab_size, config.hidden_size))
-        self.bias = nn.Parameter((config.vocab_size,)) if bias else None
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        self.weight = nn.Parameter((outputs, inputs))
+        self.bias = nn.Parameter((outputs,)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         logits = op.matmul(x, op.permute_dims(self.weight), out_dtype="float32")

@@ -10,7 +10,7 @@ from tvm.relax.frontend.nn import Tensor, op
 
 from relaxlm.models.base import CausalLM
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import ACTIVATIONS, GatedMLP
+from relaxlm.models.layers import ACTIVATIONS, Float32Linear, GatedMLP
 from relaxlm.models.routing import choose
 from relaxlm.models.weights import Role, Source
 
@@ -49,13 +49,15 @@ class MoEConfig(DecoderConfig):
 
 
 class Experts(nn.Module):
-    """The same projection of every expert: [E, N, K]."""
+    """The same projection of every expert: [E, N, K], and maybe their biases [E, N]."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+    def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
         self.weight = nn.Parameter((experts, outputs, inputs))
+        # Added by what follows: `clamped_glu` of gpt-oss, `weighted_sum`.
+        self.bias = nn.Parameter((experts, outputs)) if bias else None
 
     def forward(self, x: Tensor, chosen: Tensor, repeat: int) -> Tensor:
-        """Row i of the result is row i // repeat of x through expert chosen[i].
+        """Row i of the result is row i // repeat of x times the matrix of expert chosen[i].
 
         Args:
             x: [rows / repeat, K].
@@ -71,15 +73,21 @@ class Experts(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """A router and gated MLPs, [n, hidden] -> [n, hidden]."""
+    """A router and gated MLPs, [n, hidden] -> [n, hidden].
 
-    def __init__(self, config: MoEConfig) -> None:
+    Args:
+        gate_bias, expert_bias: whether the router has biases, and the experts' matrices.
+    """
+
+    def __init__(
+        self, config: MoEConfig, gate_bias: bool = False, expert_bias: bool = False
+    ) -> None:
         hidden, experts, inner = config.hidden_size, config.num_experts, config.expert_size
         self.config = config
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.gate = nn.Linear(hidden, experts, bias=False, out_dtype="float32")
-        self.moe_gate_up_proj = Experts(experts, hidden, 2 * inner)
-        self.moe_down_proj = Experts(experts, inner, hidden)
+        self.gate = Float32Linear(hidden, experts, gate_bias)
+        self.moe_gate_up_proj = Experts(experts, hidden, 2 * inner, expert_bias)
+        self.moe_down_proj = Experts(experts, inner, hidden, expert_bias)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of every row and their weights: [n, each] float32 and int32."""
@@ -161,15 +169,30 @@ class MoELM(CausalLM):
         return super()._sources(name, shape)
 
 
-def weighted_sum(x: Tensor, share: Tensor) -> Tensor:
-    """[n * each, size] times [n, each] float32, added up in float32: [n, size] like x."""
+def weighted_sum(
+    x: Tensor, share: Tensor, bias: Tensor | None = None, chosen: Tensor | None = None
+) -> Tensor:
+    """The experts' results for every token, added up in float32.
+
+    Args:
+        x: [n * each, size].
+        share: [n, each] float32.
+        bias: [experts, size], added to the results of the `chosen` [n, each] int32 before.
+
+    Returns:
+        [n, size] like x.
+    """
     each = int(share.shape[1])
 
-    def compute(x: te.Tensor, share: te.Tensor) -> te.Tensor:
+    def compute(x: te.Tensor, share: te.Tensor, *own: te.Tensor) -> te.Tensor:
         j = te.reduce_axis((0, each), "j")
 
         def product(i, h):
-            return x[i * each + j, h].astype("float32") * share[i, j]
+            value = x[i * each + j, h].astype("float32")
+            if own:
+                bias, chosen = own
+                value = value + bias[chosen[i, j], h].astype("float32")
+            return value * share[i, j]
 
         total = te.compute(
             (share.shape[0], x.shape[1]),
@@ -180,4 +203,5 @@ def weighted_sum(x: Tensor, share: Tensor) -> Tensor:
             return total
         return te.compute(total.shape, lambda i, h: total[i, h].astype(x.dtype), name="cast")
 
-    return op.tensor_expr_op(compute, "expert_sum", [x, share])
+    own = [] if bias is None or chosen is None else [bias, chosen]
+    return op.tensor_expr_op(compute, "expert_sum", [x, share, *own])

@@ -134,6 +134,15 @@ class _Parameter:
         return sum(tensor.nbytes * source.size // tensor.size for source, tensor in pairs)
 
     @property
+    def block_bytes(self) -> int:
+        """The most memory that converting a block of rows takes besides what is stored."""
+        return _BLOCK_MEMORY + max(
+            # Elements in another order are read, and copied into order, all at once.
+            (8 * math.prod(source.part_shape) for source in self.spec.sources if source.view),
+            default=0,
+        )
+
+    @property
     def stored_bytes(self) -> int:
         return sum(math.prod(s) * _numpy_dtype(d).itemsize for s, d in self.stored.values())
 
@@ -245,12 +254,9 @@ class ConversionPlan:
     def memory_estimate(self) -> int:
         """What this process has now, the largest parameter as stored, a shard, and some blocks."""
         largest = max((parameter.stored_bytes for parameter in self.parameters), default=0)
-        return (
-            (current_memory() or _BASE_MEMORY)
-            + largest
-            + SHARD_BYTES
-            + _BLOCK_MEMORY * _thread_count()
-        )
+        block = max((parameter.block_bytes for parameter in self.parameters), default=0)
+        before = current_memory() or _BASE_MEMORY
+        return before + largest + SHARD_BYTES + block * _thread_count()
 
     @property
     def disk_estimate(self) -> int:

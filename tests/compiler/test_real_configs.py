@@ -35,6 +35,7 @@ NOT_ON_CUDA = {
     "deepseek_v2",
     "deepseek_v3",
     "kimi_k2",
+    "gpt_oss",
 }
 
 
