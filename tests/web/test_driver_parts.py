@@ -1,6 +1,7 @@
 """The parts of the JavaScript driver that need no model, next to their Python counterparts."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,27 @@ import numpy as np
 import pytest
 
 from relaxlm.errors import RequestError, TemplateError
+from relaxlm.runtime.cache_size import pages_per_sequence
 from relaxlm.runtime.conv_template_table import get_conv_template
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
+from relaxlm.runtime.metadata import CONTRACT
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sampling import Sampled, sample
-from relaxlm.runtime.sequence_table import PagedSequences, pages_per_sequence
+from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.stop import StopStrings
 from relaxlm.runtime.template import ChatTemplate, load_chat_templates
 from relaxlm.runtime.tokenizer import Tokenizer
+from relaxlm.web.npm import DRIVER
 from tests.shared_data import SHARED, needs_shared_data
 from tests.tiny_model import tokenizer_json
 from tests.web.conftest import RunNode
+
+
+def test_the_driver_follows_the_contract_of_the_libraries() -> None:
+    """Change both together: a library that the driver does not understand is refused by it."""
+    text = (DRIVER / "library.js").read_text()
+    assert re.findall(r"const CONTRACT = (\d+);", text) == [str(CONTRACT)]
+
 
 TRAFFIC = """
 import { PagedSequences, PagePool, pagesPerSequence } from "./page_tables.js";
@@ -65,7 +76,7 @@ def made_up_traffic(rng: np.random.Generator) -> dict[str, Any]:
         except RequestError as error:  # ContextOverflowError is one, too
             result = type(error).__name__
         if name == "batch" and not isinstance(result, str):
-            result = [column.tolist() for column in result]
+            result = [column.tolist() for column in result[:7]]  # without states
         if name == "add":
             alive.append(result)
         if name == "free":

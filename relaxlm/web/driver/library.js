@@ -4,8 +4,8 @@ import tvmjs from "@mlc-ai/web-runtime";
 
 import { DeviceError, LibraryError } from "./errors.js";
 
-// Counts changes of the contract between library and driver; they must agree.
-const CONTRACT = 1;
+// Counts changes of the contract between library and runtime (relaxlm/runtime/metadata.py).
+const CONTRACT = 4;
 const DEVICES = { wasm: "cpu", webgpu: "webgpu" };
 
 export class Library {
@@ -114,6 +114,14 @@ function readMetadata(tvm) {
   }
   if (!(metadata.target.kind in DEVICES)) {
     throw new LibraryError(`the library was compiled for ${metadata.target.kind}, not for browsers`);
+  }
+  if (metadata.model_task !== "chat") {
+    throw new LibraryError(`the library is for ${metadata.model_task}; this driver chats`);
+  }
+  if (metadata.state.tensors.length) {
+    throw new LibraryError(
+      `${metadata.model_type} has recurrent layers, which this driver does not run yet; use Python`,
+    );
   }
   return metadata;
 }
