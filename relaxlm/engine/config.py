@@ -103,7 +103,7 @@ def plan_cache(info: LibraryMetadata, config: EngineConfig, memory: int | None =
     batch = _within(config.max_batch_size, compiled.max_batch_size, "max_batch_size")
     if config.max_batch_size is None:
         batch = min(_BATCH.get(config.mode, batch), batch)
-    free = (memory or _ASSUMED_MEMORY) - info.memory.params - info.memory.temporary["forward"]
+    free = (memory or _ASSUMED_MEMORY) - info.memory.params - info.step_bytes
     share = int(max(free, 0) * (_SERVER_SHARE if config.mode == "server" else _LOCAL_SHARE))
     batch, kept, states = _sequences(info, config, batch, share)
     chunk = _within(config.prefill_chunk_size, compiled.prefill_chunk_size, "prefill_chunk_size")
