@@ -36,6 +36,7 @@ NOT_ON_CUDA = {
     "deepseek_v3",
     "kimi_k2",
     "gpt_oss",
+    "llama4",
 }
 
 
