@@ -210,6 +210,7 @@ def _lower(
         device.kernels,
         options.act_quant,
         options.batch_invariant,
+        device.shared_memory,
     )
     bounds = _bounds(options)
     instruments = []

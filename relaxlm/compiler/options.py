@@ -10,7 +10,7 @@ from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.isa import NEEDS, best_isa
 from relaxlm.compiler.kernels.tuning import Tuning
 from relaxlm.compiler.target import DeviceTarget
-from relaxlm.errors import ConfigError
+from relaxlm.errors import ConfigError, UnsupportedError
 from relaxlm.files import cache_folder
 from relaxlm.quantization.kv_cache import KVFormat, get_kv_format
 from relaxlm.quantization.schemes import Scheme
@@ -204,15 +204,21 @@ def with_saved_tuning(opt: str | None, device: DeviceTarget) -> str | None:
 
 
 def check_opt(options: CompileOptions, scheme: Scheme, device: DeviceTarget) -> None:
-    """Refuse act_quant=1 and batch_invariant=1 where nothing would come of them.
+    """Refuse what the device has no kernels for: a preset, act_quant=1 or batch_invariant=1.
 
     Raises:
-        ConfigError: the device or the preset has no such kernels.
+        ConfigError: an option would have no effect.
+        UnsupportedError: the preset computes in a dtype that the device lacks.
     """
     if options.batch_invariant and device.kind != "cpu":
         raise ConfigError(
             f"--opt {BATCH_INVARIANT} is for device 'cpu', not '{device.kind}', whose kernels have "
             "not been shown to add up in one order. Leave it out, or compile for the CPU"
+        )
+    if scheme.dtype == "bfloat16" and "sm_75" in device.arch:
+        raise UnsupportedError(
+            f"quantization '{scheme.name}' is not supported on sm_75, whose tensor cores have no "
+            "bfloat16. Use a float16 preset, such as q4f16_1, or leave sm_75 out of --arch"
         )
     reason = why_not_rounded(scheme, device) if options.act_quant else None
     if reason:

@@ -21,6 +21,7 @@ from relaxlm.compiler.passes.lower_encoder_attention import LowerEncoderAttentio
 from relaxlm.compiler.passes.lower_expert_matmul import LowerExpertMatmul
 from relaxlm.compiler.passes.lower_latent_attention import LowerLatentAttention
 from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
+from relaxlm.compiler.passes.lower_matmul_cuda import LowerMatmulCUDA
 from relaxlm.compiler.passes.lower_paged_attention import (
     AttentionKernels,
     LowerPagedAttention,
@@ -46,7 +47,8 @@ ATTENTION = {
 class Lowering:
     """What the passes need to know besides the IR.
 
-    `kind` is that of the target; `act_quant` and `batch_invariant` as in `CompileOptions`.
+    `kind` and `shared_memory` are those of the target, `act_quant` and `batch_invariant` as in
+    `CompileOptions`.
     """
 
     config: DecoderConfig
@@ -56,6 +58,7 @@ class Lowering:
     kind: str
     act_quant: bool = False
     batch_invariant: bool = False
+    shared_memory: int = 0
 
     def page_tensors(self) -> tuple[PageTensor, ...]:
         """The cache tensors of each layer; an encoder has none."""
@@ -84,14 +87,14 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.BundleModelParams("params"),
         # Weights -> kernels that read what is stored.
         LowerEmbedding(),
-        LowerExpertMatmul(lowering.config, lowering.kind),
+        LowerExpertMatmul(lowering.kind, lowering.shared_memory),
         *(
             [
                 LowerMatmulCPU(lowering.act_quant, lowering.batch_invariant),
                 FuseElementwiseCPU(lowering.config, lowering.kv_format),
             ]
             if lowering.kind == "cpu"
-            else [relax.transform.FuseTransposeMatmul()]
+            else [LowerMatmulCUDA(lowering.shared_memory), relax.transform.FuseTransposeMatmul()]
         ),
         # The other operators: one loop nest per group.
         relax.transform.LegalizeOps(),
@@ -133,12 +136,22 @@ def _attention_pass(lowering: Lowering) -> tvm.transform.Pass:
     return LowerPagedAttention(config, lowering.kv_format, kernels)
 
 
+class _Reduction(dlight.gpu.Reduction):
+    """Leaves functions to the next rule whose places depend on what they read, such as routing."""
+
+    def apply(self, func: tvm.tirx.PrimFunc, target: tvm.target.Target, _: bool):
+        try:
+            return super().apply(func, target, _)
+        except AssertionError:  # of its analysis of the places that are read
+            return None
+
+
 def _gpu_schedules() -> tvm.transform.Pass:
     """TVM's schedule rules for GPUs; the first that applies to a function schedules it."""
     return dlight.ApplyDefaultSchedule(
         dlight.gpu.Matmul(),
         dlight.gpu.GEMV(),
-        dlight.gpu.Reduction(),
+        _Reduction(),
         dlight.gpu.GeneralReduction(),
         dlight.gpu.Fallback(),
     )

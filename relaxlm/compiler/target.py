@@ -55,6 +55,19 @@ CUDA_ARCHITECTURES = {
 # What WebAssembly code may use beyond its first version: all browsers have had it since 2023.
 WASM_FEATURES = ("nontrapping-fptoint", "sign-ext", "simd128")
 
+# Bytes of shared memory that a block may use where it is less than 227 KB (CUDA C++ programming
+# guide, technical specifications per compute capability).
+_SHARED_KILOBYTES = {
+    "sm_75": 64,
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_87": 163,
+    "sm_88": 99,
+    "sm_89": 99,
+    "sm_120": 99,
+    "sm_121": 99,
+}
+
 # Portable CPU architectures: the levels of the x86-64 psABI.
 _LEVEL_2 = ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3")
 _LEVEL_3 = (*_LEVEL_2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
@@ -113,6 +126,13 @@ class DeviceTarget:
         if self.kind == "wasm":
             return Target(_wasm_code(opt_level))
         return _llvm_target(self, opt_level)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that a block may use on every GPU that the library is for; 0 without one."""
+        if self.kind != "cuda":
+            return 0
+        return min(_SHARED_KILOBYTES.get(arch, 227) for arch in self.arch) << 10
 
     def describe(self) -> dict[str, Any]:
         """What a library's metadata says of its target, as JSON values."""

@@ -7,7 +7,9 @@
 //     CUDA_EMULATION_ORDER: 0, 1, or a seed), so that a missing barrier shows;
 //   - barriers that only some threads reach, or that threads reach on different lines, are errors;
 //   - a wild memory access is an error that names the thread.
-// Not emulated: inline PTX, tensor cores, asynchronous copies, clusters, grid-wide barriers.
+//   - an asynchronous copy is made when it is waited for, so that a missing wait shows.
+// What relaxlm's own kernels use of PTX (kernels/cuda/ptx.cuh) is at the end, tensor cores among it.
+// Not emulated: other inline PTX, clusters, grid-wide barriers.
 #pragma once
 #include <tvm/ffi/c_api.h>
 
@@ -26,6 +28,8 @@
 #include <utility>
 #include <vector>
 
+#define CUDART_INF_F __builtin_inff()
+#define CUDART_NAN_F __builtin_nanf("")
 #define __CUDACC_VER_MAJOR__ 13
 #define __CUDACC_VER_MINOR__ 0
 #define __global__
@@ -63,6 +67,11 @@ namespace emu {
 
 enum State { READY, AT_BARRIER, IN_WARP, DONE };
 
+struct Copy {
+  void* to;
+  const void* from;  // or null: zeros
+};
+
 struct Thread {
   dim3 index;
   int number;
@@ -72,6 +81,9 @@ struct Thread {
   unsigned mask;          // with whom, in a warp operation
   uint64_t given, taken;  // its value, and the value that it gets
   int source;             // the lane that it gets it from
+  uint32_t shown[2][8];   // what the other lanes of a warp may read, in turns
+  unsigned shows;
+  std::vector<std::vector<Copy>> copies;  // by group, the last one still open
   ucontext_t start;
   jmp_buf at;
 };
@@ -117,6 +129,18 @@ static uint64_t exchange(unsigned mask, uint64_t value, int source, int line) {
 }
 
 static int lane() { return current->number % 32; }
+
+// Lets all lanes of a warp read what each of them shows; gives an array of 32.
+template <size_t COUNT>
+static const uint32_t* (*show(const uint32_t (&mine)[COUNT], int line))(int) {
+  static_assert(COUNT <= 8, "more than a thread can show");
+  unsigned turn = current->shows++ % 2;
+  memcpy(current->shown[turn], mine, sizeof mine);
+  exchange(~0u, 0, 0, line);
+  // A lane that is one operation ahead writes to the other place.
+  return turn ? +[](int i) -> const uint32_t* { return threads[current->number / 32 * 32 + i].shown[1]; }
+              : +[](int i) -> const uint32_t* { return threads[current->number / 32 * 32 + i].shown[0]; };
+}
 static int from_index(int source, int width = 32) {
   return lane() / width * width + source % width;
 }
@@ -238,6 +262,8 @@ static void run_block(unsigned order) {
                unsigned(i / blockDim.x / blockDim.y)};
     t.state = READY;
     t.started = false;
+    t.shows = 0;
+    t.copies.assign(1, {});
     getcontext(&t.start);
     t.start.uc_stack.ss_sp = stacks + i * kStack;
     t.start.uc_stack.ss_size = kStack;
@@ -472,5 +498,64 @@ template <class T, class U> T atomicAdd(T* p, U v) { T old = *p; *p = T(old + v)
 template <class T, class U> T atomicMax(T* p, U v) { T old = *p; *p = max(old, T(v)); return old; }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+template <class T> emu::Pair<T> __hsub2(emu::Pair<T> a, emu::Pair<T> b) { return {a.x - b.x, a.y - b.y}; }
+template <class T> emu::Pair<T> __hmul2(emu::Pair<T> a, emu::Pair<T> b) { return {a.x * b.x, a.y * b.y}; }
+inline float __uint_as_float(unsigned x) { return emu::float_of(x); }
+inline unsigned __float_as_uint(float x) { return emu::bits_of(x); }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  uint64_t both = a | uint64_t(b) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    unsigned pick = selector >> 4 * i & 15;
+    if (pick > 7) emu::failure = "__byte_perm with signs is not emulated";
+    result |= unsigned(both >> 8 * pick & 255) << 8 * i;
+  }
+  return result;
+}
+
+// In place of kernels/cuda/ptx.cuh, which says what these do.
+#define RELAXLM_PTX
+namespace relaxlm {
+typedef unsigned int u32;
+
+template <class T>
+void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, T) {
+  uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  auto shown = emu::show(mine, 0);
+  auto element = [](uint32_t word, int high) {
+    T value;
+    value.bits = uint16_t(word >> 16 * high);
+    return float(value);
+  };
+  int g = emu::lane() / 4, q = emu::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    int row = i / 2, column = q * 2 + i % 2;  // row 1 is g + 8
+    for (int k = 0; k < 16; ++k)
+      d[i] += element(shown(g * 4 + k % 8 / 2)[row + k / 8 * 2], k % 2) *
+              element(shown(column * 4 + k % 8 / 2)[4 + k / 8], k % 2);
+  }
+}
+
+inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+
+inline void check_aligned(const void* address) {
+  if (uintptr_t(address) % 16 && emu::failure.empty())
+    emu::failure = emu::place(*emu::current) + " copies 16 bytes to or from an odd address";
+}
+inline void copy_async(void* shared, const void* global, bool valid) {
+  check_aligned(shared);
+  check_aligned(global);
+  emu::current->copies.back().push_back({shared, valid ? global : nullptr});
+}
+inline void commit_copies() { emu::current->copies.emplace_back(); }
+template <int PENDING>
+void wait_for_copies() {
+  auto& groups = emu::current->copies;
+  for (; groups.size() > PENDING + 1; groups.erase(groups.begin()))
+    for (const emu::Copy& copy : groups.front())
+      copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+}
+}  // namespace relaxlm
+
 // Nothing here runs at the same time as anything else, and classes cannot be volatile so easily.
 #define volatile

@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,21 @@ class CudaEmulation:
         Returns:
             The kernel as a function of NumPy arrays and numbers, which writes the arrays in place.
         """
-        name = f"kernel{len(self._modules)}"
-        module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
-        # Kept: a function does not keep its module's library loaded.
-        self._modules.append(tvm.compile(module, target=self.target).mod)
-        run = self._modules[-1][name]
+        return self.build_all([function])[0]
 
+    def build_all(self, functions: Sequence[tvm.tirx.PrimFunc]) -> list[Callable[..., None]]:
+        """The same for several: the host compiler reads CUDA's part of the code once."""
+        first = len(self._modules)
+        named = {f"kernel{first + i}": function for i, function in enumerate(functions)}
+        module = tvm.IRModule(
+            {name: function.with_attr("global_symbol", name) for name, function in named.items()}
+        )
+        compiled = tvm.compile(module, target=self.target).mod
+        # Kept: a function does not keep its module's library loaded.
+        self._modules += [compiled] * len(functions)
+        return [self._callable(compiled[name]) for name in named]
+
+    def _callable(self, run: Callable[..., None]) -> Callable[..., None]:
         def kernel(*arguments: np.ndarray | float) -> None:
             copies = [guarded(x) if isinstance(x, np.ndarray) else x for x in arguments]
             run(*(as_cuda(x) if isinstance(x, np.ndarray) else x for x in copies))
@@ -145,6 +154,10 @@ def load(text: str) -> Any:
 
 def emulated_source(code: str, functions: Any) -> str:
     """TVM's CUDA C++ for a host compiler, with an entry point for each kernel."""
+    # The emulation has the functions of this file.
+    code = re.sub(
+        r"#ifndef RELAXLM_PTX\n.*?\n}  // namespace relaxlm\n#endif\n", "", code, flags=re.DOTALL
+    )
     if "asm volatile" in code or "__asm__" in code.partition('extern "C"')[2]:
         raise NotImplementedError("the kernels contain inline PTX, which is not emulated")
     # g++ wants the attribute first.
@@ -152,7 +165,9 @@ def emulated_source(code: str, functions: Any) -> str:
     lines = ['#include "cuda_emulation.hpp"']
     for line in code.splitlines():
         words = line.split()
-        if words[:1] == ["#include"] and words[1].startswith(("<cuda", "<mma", "<device")):
+        if words[:1] == ["#include"] and words[1].startswith(
+            ("<cuda", "<math_constants", "<mma", "<device")
+        ):
             continue
         if "extern __shared__" in line:  # extern __shared__ uchar buf[];
             name = line.split("[")[0].split()[-1]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tvm
 
+from relaxlm import models
 from relaxlm.compiler import build
 from relaxlm.compiler.target import resolve_device
 from relaxlm.runtime import executor
@@ -60,6 +61,36 @@ def test_logits_match_transformers_and_pages_are_copied(
         model.load_state_dict(parity.dequantized_state(RAW, state, scheme))
     error = reference.relative_error(logits, parity.reference_logits(model, IDS))
     assert error < tolerance
+
+
+FAMILIES = {
+    # Experts that a router chooses, and one that every token passes.
+    "qwen2_moe": tiny_config(
+        "qwen2_moe",
+        moe_intermediate_size=40,
+        num_experts=6,
+        num_experts_per_tok=3,
+        shared_expert_intermediate_size=24,
+        norm_topk_prob=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_matches_the_cpu(cuda_models: Callable, family: str) -> None:
+    """tests/models compares the CPU with transformers."""
+    raw, rng = FAMILIES[family], np.random.default_rng(4)
+    params = {}
+    for spec in models.parameter_specs(models.load_config(raw)):
+        norm = "norm" in spec.name
+        values = rng.uniform(0.5, 1.5, spec.shape) if norm else rng.normal(0, 0.08, spec.shape)
+        params[spec.name] = values.astype(np.float32)
+    with cuda_models():
+        compiled = Compiled(raw, params, "q0f32")
+        results = compiled.run([IDS, IDS[:9]], [6, 1, 13])
+    expected = Compiled(raw, params, "q0f32").run([IDS, IDS[:9]], [6, 1, 13])
+    for ours, theirs in zip(results, expected, strict=True):
+        assert reference.relative_error(ours, theirs) < 2e-6
 
 
 def test_fp8_cache_matches_the_cpu(cuda_models: Callable) -> None:

@@ -88,7 +88,7 @@ def test_transposed_presets_are_refused() -> None:
         get_scheme("q4f16_0").storage(spec)
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("variant", ["mixtral", "qwen2_moe"])
 def test_lowers_for_every_target(variant: str, device: str) -> None:
     raw, scheme = VARIANTS[variant], get_scheme("q4f16_1")

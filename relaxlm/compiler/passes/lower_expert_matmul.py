@@ -4,7 +4,12 @@
     y = relaxlm.expert_matmul(x, w, chosen, repeat)    ->                (x, chosen, q, s))
 
 `w` is [E, N, K]; what it is, and what `repeat` means, says `models/moe.py`. No expert's weights are
-read but those of the chosen ones. Runs after QuantizeParameters and before LegalizeOps.
+read but those of the chosen ones. On GPUs, rows are sorted by expert first, once for all matrices
+that read the same choice:
+
+    plan = call_tir(plan_experts, (chosen,)); y = call_tir(expert_matmul, (x, chosen, plan, q, s))
+
+Runs after QuantizeParameters and before LegalizeOps.
 """
 
 import tvm
@@ -12,11 +17,12 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from relaxlm.compiler.kernels.cpu_experts import expert_kernel
+from relaxlm.compiler.kernels.cuda_experts import expert_kernel as cuda_expert_kernel
+from relaxlm.compiler.kernels.cuda_experts import plan_kernel, plan_size
+from relaxlm.compiler.kernels.cuda_matmul import CudaFormat
 from relaxlm.compiler.kernels.vector import vector_unit
 from relaxlm.compiler.passes.rewrite import rewrite_functions
-from relaxlm.compiler.passes.weights import stored_weight
-from relaxlm.errors import UnsupportedError
-from relaxlm.models.config import DecoderConfig
+from relaxlm.compiler.passes.weights import StoredWeight, stored_weight
 from relaxlm.models.moe import EXPERT_MATMUL
 
 
@@ -26,29 +32,23 @@ class LowerExpertMatmul:
 
     Args:
         kind: of the target.
-
-    Raises:
-        UnsupportedError: a target that there are no kernels for.
+        shared_memory: bytes that a block of a GPU may use.
     """
 
-    def __init__(self, config: DecoderConfig, kind: str) -> None:
-        # Not where the operator is met: an exception loses its type on its way through TVM.
-        if kind != "cpu" and getattr(config, "num_experts", None):
-            raise UnsupportedError(
-                f"{config.model_type}: mixtures of experts are not supported on {kind}. Compile "
-                "for the CPU: --device cpu"
-            )
+    def __init__(self, kind: str, shared_memory: int = 0) -> None:
+        self.kind, self.shared_memory = kind, shared_memory
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return rewrite_functions(mod, _Rewriter(mod))
+        return rewrite_functions(mod, _Rewriter(mod, self))
 
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule) -> None:
+    def __init__(self, mod: tvm.IRModule, lowering: LowerExpertMatmul) -> None:
         super().__init__(mod)
-        self.mod = mod
+        self.mod, self.lowering = mod, lowering
         self.unit = vector_unit(tvm.target.Target.current(allow_none=True))
+        self.plans: dict[relax.Expr, relax.Var] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -62,6 +62,8 @@ class _Rewriter(PyExprMutator):
         x, matrix, chosen, repeat = call.args[1]
         weight = stored_weight(self.mod, matrix, self.lookup_binding)
         assert weight is not None, f"weights of experts are parameters, not {matrix}"
+        if self.lowering.kind == "cuda":
+            return self.on_gpu(x, weight, chosen, call.ty)
         dtype = str(weight.stored[-1].ty.dtype)
         each = int(chosen.ty.shape[1])
         kernel = expert_kernel(
@@ -69,3 +71,19 @@ class _Rewriter(PyExprMutator):
         )
         function = self.builder_.add_func(kernel, "expert_matmul")
         return relax.call_tir(function, [x, chosen, *weight.stored], call.ty)
+
+    def on_gpu(
+        self, x: relax.Expr, weight: StoredWeight, chosen: relax.Expr, ty: relax.TensorType
+    ) -> relax.Expr:
+        experts, shared = weight.shape[0], self.lowering.shared_memory
+        format = CudaFormat.of(weight.shape, weight.quant, str(x.ty.dtype))
+        key = (chosen, experts)
+        if key not in self.plans:
+            function = self.builder_.add_func(plan_kernel(format, experts, shared), "plan_experts")
+            rows = chosen.ty.shape[0] * chosen.ty.shape[1]
+            plan = relax.call_tir(function, [chosen], relax.TensorType((plan_size(rows),), "int32"))
+            self.plans[key] = self.builder_.emit(plan)
+        function = self.builder_.add_func(
+            cuda_expert_kernel(format, experts, shared), "expert_matmul"
+        )
+        return relax.call_tir(function, [x, chosen, self.plans[key], *weight.stored], ty)
