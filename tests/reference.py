@@ -13,6 +13,7 @@ def attention(
     sinks: int = 0,
     cap: float = 0.0,
     sink_logits: np.ndarray | None = None,
+    chunked: bool = False,
 ) -> np.ndarray:
     """Causal grouped-query attention of one sequence.
 
@@ -22,6 +23,7 @@ def attention(
         positions: [n], where the rows of q stand in the sequence.
         cap: scores s become cap tanh(s / cap), unless it is 0.
         sink_logits: [q_heads], of a token without a value that every query of a head sees.
+        chunked: whether a window is a chunk of so many tokens, and a query sees those of its own.
 
     Returns:
         [n, q_heads, dim] float64.
@@ -32,7 +34,8 @@ def attention(
     for row, position in enumerate(positions):
         seen = keys <= position
         if window > 0:
-            seen &= (position - keys < window) | (keys < sinks)
+            near = keys // window == position // window if chunked else position - keys < window
+            seen &= near | (keys < sinks)
         for head in range(q.shape[1]):
             scores = k[seen, head // share].astype(np.float64) @ q[row, head] * scale
             if cap:

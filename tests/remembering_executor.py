@@ -23,6 +23,7 @@ def logits_after(tokens: Sequence[int]) -> np.ndarray:
 class RememberingExecutor:
     """Keeps token ids in its pages, and answers by what the page tables show it."""
 
+    window = sinks = 0
     vocab_size = VOCAB
     limits = Limits(
         context_window_size=1000,
@@ -45,18 +46,36 @@ class RememberingExecutor:
         logits = []
         for row in rows:
             i = int(np.searchsorted(tables.row_offsets, row, side="right")) - 1
-            held = tables.page_ids[tables.page_offsets[i] : tables.page_offsets[i + 1]]
-            seen = self.pages[held].reshape(-1)[: tables.positions[row] + 1]
-            logits.append(logits_after(self.remembered(i, row, seen)))
+            logits.append(logits_after(self.remembered(tables, i, row)))
         return np.stack(logits)
 
-    def remembered(self, i: int, row: int, seen: np.ndarray) -> Sequence[int]:
-        """All tokens before and at a row of sequence i, given those in its pages."""
-        return seen
+    def remembered(self, tables: BatchTables, i: int, row: int) -> Sequence[int]:
+        """The tokens that a row of sequence i sees: here, all of its pages, up to itself."""
+        held = tables.page_ids[tables.page_offsets[i] : tables.page_offsets[i + 1]]
+        seen = tables.positions[row] + 1 - tables.dropped[i]
+        return self.pages[held].reshape(-1)[:seen].tolist()
 
     def peaks(self) -> None:
         """There is no library that would compute them."""
         return None
+
+
+class WindowedExecutor(RememberingExecutor):
+    """Sees the first tokens and the last ones."""
+
+    window, sinks = 6, 2
+
+    def remembered(self, tables: BatchTables, i: int, row: int) -> Sequence[int]:
+        tokens = super().remembered(tables, i, row)
+        kept = -(-self.sinks // PAGE) * PAGE
+        dropped = [-1] * tables.dropped[i]
+        return visible([*tokens[:kept], *dropped, *tokens[kept:]], self.window, self.sinks)
+
+
+def visible(tokens: Sequence[int], window: int, sinks: int) -> list[int]:
+    """Those of the tokens that the last one sees."""
+    last = len(tokens) - 1
+    return [token for k, token in enumerate(tokens) if last - k < window or k < sinks]
 
 
 class RecurrentExecutor(RememberingExecutor):
@@ -78,7 +97,7 @@ class RecurrentExecutor(RememberingExecutor):
             self.slots[target] = state
         return super().forward(tables, ids, rows)
 
-    def remembered(self, i: int, row: int, seen: np.ndarray) -> Sequence[int]:
-        state = self.states[i]
+    def remembered(self, tables: BatchTables, i: int, row: int) -> Sequence[int]:
+        state, seen = self.states[i], super().remembered(tables, i, row)
         tokens = state[: len(state) - (self.offsets[i + 1] - 1 - row)]
-        return tokens if tokens == seen.tolist() else [*tokens, *seen]
+        return tokens if tokens == seen else [*tokens, *seen]

@@ -305,21 +305,22 @@ def _memory_lines(engine: "EngineLoop") -> list[str]:
     memory = plan.cache.nbytes(info)
     tokens = plan.cache.pages * info.kv_cache.page_size
     temporary = info.step_bytes
-    most = f"up to {plan.limits.sequences} at a time, {plan.context} tokens each"
     lines = [
-        f"{engine.model.folder}: {info.model_type}, {info.quantization}, {info.target.kind}",
+        f"{engine.model.folder}: {info.model_type}, {info.quantization}, {info.target.kind}; up to "
+        f"{plan.limits.sequences} requests at a time, {plan.context} tokens each",
         "memory:",
         f"  parameters        {format_bytes(info.memory.params):>9}  {info.quantization}",
     ]
     if info.kv_cache.tensors:
         lines.append(
             f"  KV cache          {format_bytes(memory.kv_cache):>9}  {info.kv_cache.dtype}, "
-            f"{tokens} tokens of all requests; {most}"
+            f"{tokens} tokens of all requests"
         )
     if info.state.tensors:
         lines.append(
-            f"  recurrent states  {format_bytes(memory.states):>9}  "
-            f"{format_bytes(info.state.bytes_per_sequence)} per request; {most}"
+            f"  recurrent states  {format_bytes(memory.states):>9}  {plan.cache.state_slots} of "
+            f"{format_bytes(info.state.bytes_per_sequence)}, {plan.kept} of them for requests to "
+            "go on from"
         )
     total = info.memory.params + memory.kv_cache + memory.states + temporary
     lines += [
@@ -327,9 +328,6 @@ def _memory_lines(engine: "EngineLoop") -> list[str]:
         f"steps of up to {plan.limits.tokens} tokens",
         f"  total             {format_bytes(total):>9}",
     ]
-    if engine.config.prefix_cache and (info.limits.sliding_window_size or info.state.tensors):
-        what = "recurrent layers" if info.state.tensors else "a sliding window"
-        lines.append(f"note: with {what}, requests do not share the work on common beginnings")
     return lines
 
 

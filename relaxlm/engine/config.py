@@ -21,6 +21,9 @@ _BATCH = {"interactive": 1, "local": 4}
 _SERVER_SHARE = 0.7
 # Other modes: the most they take, for a conversation is not held up by another one's cache.
 _LOCAL_SHARE = 0.35
+# Sequences that are kept: some, and more with each reply at a time, for a turn of a conversation
+# leaves up to three and goes on from one.
+_KEPT, _KEPT_PER_REPLY = 4, 2
 # Tokens of prompts in a step beside replies being written, on CPUs: a small share of a second.
 _MIXED_ON_CPU = 256
 # What a machine that doesn't tell its memory is taken to have left.
@@ -39,7 +42,8 @@ class EngineConfig(BaseModel):
         prefill_chunk_size: the most tokens of one step.
         mixed_prefill_tokens: of prompts, in steps in which replies are being written.
         max_waiting: requests; further ones are refused until some have ended.
-        prefix_cache: whether requests share the work on common prefixes.
+        prefix_cache: whether requests share the work on common prefixes; with a sliding window or
+            recurrent layers, on those that others end with (`kept_sequences.py`).
         speculative: "ngram" guesses tokens from the text so far; see `batch_invariant`.
         speculative_tokens: the longest guess.
         batch_invariant: compile a library whose results do not depend on what else is in a step;
@@ -78,11 +82,13 @@ class CachePlan:
 
     Attributes:
         context: the most tokens of prompt and reply.
+        kept: sequences for later requests to go on from, where they cannot share pages.
     """
 
     context: int
     cache: CacheSize
     limits: StepLimits
+    kept: int
 
 
 def plan_cache(info: LibraryMetadata, config: EngineConfig, memory: int | None = None) -> CachePlan:
@@ -97,9 +103,9 @@ def plan_cache(info: LibraryMetadata, config: EngineConfig, memory: int | None =
     batch = _within(config.max_batch_size, compiled.max_batch_size, "max_batch_size")
     if config.max_batch_size is None:
         batch = min(_BATCH.get(config.mode, batch), batch)
-    free = (memory or _ASSUMED_MEMORY) - info.memory.params - info.memory.temporary["forward"]
+    free = (memory or _ASSUMED_MEMORY) - info.memory.params - info.step_bytes
     share = int(max(free, 0) * (_SERVER_SHARE if config.mode == "server" else _LOCAL_SHARE))
-    batch = _batch(info, config, batch, share)
+    batch, kept, states = _sequences(info, config, batch, share)
     chunk = _within(config.prefill_chunk_size, compiled.prefill_chunk_size, "prefill_chunk_size")
     if chunk < batch:
         raise ConfigError(
@@ -117,8 +123,9 @@ def plan_cache(info: LibraryMetadata, config: EngineConfig, memory: int | None =
 
     if window:
         context = 2**31 - 1
-    share -= _states(batch) * info.state.bytes_per_sequence
-    pages = _pages(info, config, batch * pages_of(context), share, free)
+    # Pages that are no more than numbers are enough for all.
+    most = batch if info.kv_cache.tensors else batch + 1 + kept
+    pages = _pages(info, config, most * pages_of(context), share - states, free)
     if pages < pages_of(context):  # memory for less than one whole context
         context = (pages - 1) * size
         if window or context < 1 or config.context_window_size is not None:
@@ -131,35 +138,38 @@ def plan_cache(info: LibraryMetadata, config: EngineConfig, memory: int | None =
     if mixed is None:
         mixed = _MIXED_ON_CPU if info.target.kind == "cpu" else chunk
     limits = StepLimits(chunk, batch, compiled.max_batch_size, min(mixed, chunk))
-    # One sequence more: a text that is embedded between the steps.
-    return CachePlan(context, CacheSize.of(info, pages, batch + 1), limits)
+    return CachePlan(context, CacheSize.of(info, pages, batch + 1, kept), limits, kept)
 
 
-def _states(batch: int) -> int:
-    """Slots of recurrent states for so many replies and an embedding."""
-    return slots_for(batch + 1)
-
-
-def _batch(info: LibraryMetadata, config: EngineConfig, batch: int, share: int) -> int:
-    """Replies at a time, as far as the recurrent states of so many fit into the free memory.
+def _sequences(
+    info: LibraryMetadata, config: EngineConfig, batch: int, share: int
+) -> tuple[int, int, int]:
+    """Replies at a time, and sequences kept for later requests, as far as memory has their states.
 
     Args:
         share: bytes for states and pages together.
+
+    Returns:
+        replies, kept sequences, and bytes of states.
     """
+    whole = config.prefix_cache and (info.state.tensors or info.limits.sliding_window_size)
+    kept = _KEPT + _KEPT_PER_REPLY * batch if whole else 0
     state = info.state.bytes_per_sequence
     if not state:
-        return batch
+        return batch, kept, 0
     # Beside a KV cache, which gets half.
     most = share // (2 if info.kv_cache.tensors else 1) // state
-    fitting = next((count for count in range(batch, 0, -1) if _states(count) <= most), 0)
-    if fitting == batch or (fitting and config.max_batch_size is None):
-        return fitting
-    replies = "1 reply" if batch == 1 else f"{batch} replies"
-    raise ConfigError(
-        f"the recurrent states of {replies} take {format_bytes(_states(batch) * state)}, and "
-        f"{format_bytes(most * state)} of memory are left for them: "
-        + ("set a smaller max_batch_size" if fitting else "end other programs")
-    )
+    # One sequence more: a text that is embedded between the steps.
+    fitting = next((n for n in range(batch, 0, -1) if slots_for(n + 1) <= most), 0)
+    if fitting < batch and (config.max_batch_size is not None or not fitting):
+        replies = "1 reply" if batch == 1 else f"{batch} replies"
+        raise ConfigError(
+            f"the recurrent states of {replies} take {format_bytes(slots_for(batch + 1) * state)}, "
+            f"and {format_bytes(most * state)} of memory are left for them: "
+            + ("set a smaller max_batch_size" if fitting else "end other programs")
+        )
+    kept = min(kept, most - slots_for(fitting + 1))
+    return fitting, kept, slots_for(fitting + 1, kept) * state
 
 
 def _pages(info: LibraryMetadata, config: EngineConfig, wanted: int, share: int, free: int) -> int:

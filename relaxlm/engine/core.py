@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from relaxlm.engine.job import Branch, Job
-from relaxlm.engine.prefix_cache import PrefixCache
+from relaxlm.engine.reuse import Reuse
 from relaxlm.engine.scheduler import Part, Scheduler, StepLimits
 from relaxlm.engine.speculation import NgramDrafts
 from relaxlm.engine.types import EngineStats
@@ -44,7 +44,7 @@ class EngineCore:
         executor: called from this thread only.
         sequences: over a pool of the executor's pages.
         limits: of one step.
-        prefix_cache: whether requests share the pages of common prefixes.
+        reuse: what requests use of each other's work.
         drafts: guesses further tokens, or None.
         workers: where the masks of grammars are computed while the model runs.
     """
@@ -55,17 +55,15 @@ class EngineCore:
         sequences: PagedSequences,
         limits: StepLimits,
         workers: Workers,
-        prefix_cache: bool = True,
+        reuse: Reuse,
         drafts: NgramDrafts | None = None,
     ) -> None:
         self.executor, self.sequences, self.workers = executor, sequences, workers
-        # With a window, a prefix's pages are no longer all there; with recurrent layers, its state.
-        shared = prefix_cache and not sequences.window and sequences.states is None
-        self.cache = PrefixCache(sequences.pool, sequences.page_size) if shared else None
+        self.reuse = reuse
         assert drafts is None or sequences.states is None, "a wrong guess cannot be taken back"
         self.drafts = drafts
         propose = drafts.propose if drafts is not None else None
-        self.scheduler = Scheduler(sequences, self.cache, limits, propose)
+        self.scheduler = Scheduler(sequences, reuse, limits, propose)
         self.jobs: dict[int, Job] = {}
         self.counts = EngineStats(pages_total=sequences.pool.total)
         self._events: list[Event] = []
@@ -119,20 +117,18 @@ class EngineCore:
         counts, scheduler, pool = self.counts, self.scheduler, self.sequences.pool
         counts.running = len({branch.job.id for branch in scheduler.running})
         counts.waiting = len(self.jobs) - counts.running
-        counts.pages_cached = 0 if self.cache is None else self.cache.evictable()
+        counts.pages_cached = self.reuse.evictable()
         counts.pages_used = pool.used - counts.pages_cached
         counts.preemptions = scheduler.preemptions
         counts.prefix_tokens, counts.prefix_hits = scheduler.prefix_tokens, scheduler.prefix_hits
         return replace(counts, batch_sizes=dict(counts.batch_sizes))
 
     def check(self) -> None:
-        """Assert that pages, tables and the prefix cache agree."""
-        cached = [] if self.cache is None else self.cache.pages()
-        if self.cache is not None:
-            self.cache.check()
-        self.sequences.check(cached)
+        """Assert that pages, tables and what is kept for later requests agree."""
+        self.reuse.check()
+        self.sequences.check(self.reuse.held_pages())
         held = [b.seq for b in self.scheduler.running]
-        assert len(self.sequences) == len(held) and None not in held
+        assert len(self.sequences) == len(held) + self.reuse.held_sequences() and None not in held
 
     def _run(self, parts: list[Part]) -> None:
         counts = self.counts

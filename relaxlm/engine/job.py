@@ -27,6 +27,7 @@ class Branch:
         ids: int32; prompt and reply.
         seq: the sequence that holds the first `computed` of them; None while it waits.
         node, registered: the prefix cache has the first `registered` pages, the last at `node`.
+        marks: places in the prompt after which its sequence is kept for others, in order.
         mask: the grammar's mask for the next token, being computed.
         misses: drafts in a row of which nothing was accepted; `rest`: steps without drafts.
     """
@@ -39,6 +40,7 @@ class Branch:
     computed: int = 0
     node: Node | None = None
     registered: int = 0
+    marks: list[int] = field(default_factory=list)
     matcher: Matcher | None = None
     mask: Future[np.ndarray] | None = None
     ended: bool = False

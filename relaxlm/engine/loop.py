@@ -15,7 +15,10 @@ from relaxlm.engine.config import CachePlan, EngineConfig, plan_cache
 from relaxlm.engine.core import EngineCore
 from relaxlm.engine.embedding import EmbeddingJob, EmbeddingQueue, Ended, Vectors
 from relaxlm.engine.job import make_job
+from relaxlm.engine.kept_sequences import KeptSequences
 from relaxlm.engine.output import Deliver, Output
+from relaxlm.engine.reuse import Reuse
+from relaxlm.engine.shared_pages import SharedPages
 from relaxlm.engine.speculation import NgramDrafts
 from relaxlm.engine.types import EngineStats, GenerationRequest
 from relaxlm.errors import (
@@ -32,6 +35,7 @@ from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import is_batch_invariant
 from relaxlm.runtime.memory import available_memory
 from relaxlm.runtime.model import ServedModel
+from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.threads import set_threads
 
 # Seconds between two snapshots of the counters while there is work.
@@ -312,8 +316,15 @@ class EngineLoop:
         if self.config.speculative == "ngram":
             drafts = NgramDrafts(self.config.speculative_tokens)
         return EngineCore(
-            executor, sequences, plan.limits, self._workers, self.config.prefix_cache, drafts
+            executor, sequences, plan.limits, self._workers, self._reuse(sequences), drafts
         )
+
+    def _reuse(self, sequences: PagedSequences) -> Reuse:
+        if self.config.prefix_cache and self.plan.kept:
+            return KeptSequences(sequences, self.plan.kept)
+        if self.config.prefix_cache and not sequences.window and sequences.states is None:
+            return SharedPages(sequences)
+        return Reuse(sequences)
 
     def _finish(self, core: EngineCore) -> None:
         for command in self._inbox:

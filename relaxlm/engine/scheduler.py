@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from relaxlm.engine.job import Branch, Job
-from relaxlm.engine.prefix_cache import PrefixCache
+from relaxlm.engine.reuse import Reuse
 from relaxlm.runtime.cache_size import pages_per_sequence
 from relaxlm.runtime.sequence_table import PagedSequences
 
@@ -60,18 +60,18 @@ class Scheduler:
     """The replies that wait and that run.
 
     Args:
-        cache: None to share nothing between requests.
+        reuse: what requests share.
         propose: guesses up to so many tokens that may follow a reply's.
     """
 
     def __init__(
         self,
         sequences: PagedSequences,
-        cache: PrefixCache | None,
+        reuse: Reuse,
         limits: StepLimits,
         propose: Propose | None = None,
     ) -> None:
-        self.sequences, self.cache, self.limits = sequences, cache, limits
+        self.sequences, self.reuse, self.limits = sequences, reuse, limits
         self.propose = propose
         self.waiting: list[Branch] = []  # by `order`
         self.running: list[Branch] = []  # by `order`
@@ -86,17 +86,15 @@ class Scheduler:
         first, *others = job.branches
         job.forked = True
         for branch in others:
-            branch.seq = self.sequences.fork(first.sequence)
-            branch.computed = first.computed
-            branch.node, branch.registered = first.node, first.registered
+            self.reuse.fork(first, branch)
             self._insert(self.running, branch)
         return job.branches
 
     def end(self, branch: Branch, keep: bool = True) -> None:
-        """A reply has ended or failed: its pages are free now, or cached if `keep`."""
+        """A reply has ended or failed: its pages are free now, or kept for others if `keep`."""
         branch.ended = True
         if branch.seq is not None:
-            self._release(branch, keep)
+            self.reuse.release(branch, keep)
             self.running.remove(branch)
         elif branch in self.waiting:
             self.waiting.remove(branch)
@@ -139,50 +137,23 @@ class Scheduler:
         return parts
 
     def computed(self, branch: Branch, count: int) -> None:
-        """The next `count` tokens of a reply are in its pages; share the pages that are full."""
+        """The next `count` tokens of a reply are in its sequence."""
         branch.computed += count
-        if self.cache is None:
-            return
-        size = self.sequences.page_size
-        if branch.computed // size > branch.registered:
-            self._register(self.cache, branch, branch.computed // size)
+        self.reuse.computed(branch)
 
     def make_room(self, pages: int) -> bool:
-        """Whether so many pages are free, if need be after evicting cached ones."""
+        """Whether so many pages are free, if need be after evicting what nobody uses."""
         missing = pages - self.sequences.pool.free
-        if missing > 0 and self.cache is not None:
-            self.cache.evict(missing)
+        if missing > 0:
+            self.reuse.evict(missing)
         return pages <= self.sequences.pool.free
-
-    def _register(self, cache: PrefixCache, branch: Branch, full: int) -> None:
-        size, pages = cache.page_size, self.sequences.pages(branch.sequence)
-        if branch.node is None or branch.node.removed:
-            branch.node, branch.registered = cache.root, 0
-        for page in range(branch.registered, full):
-            tokens = branch.ids[page * size : (page + 1) * size]
-            branch.node = cache.insert(branch.node, tokens, pages[page])
-        branch.registered = full
-
-    def _release(self, branch: Branch, keep: bool = True) -> None:
-        """Free a reply's sequence; its last page, too, goes to the cache if `keep`."""
-        size, seq = self.sequences.page_size, branch.sequence
-        if self.cache is not None and keep:
-            full = branch.computed // size
-            self._register(self.cache, branch, full)
-            rest = branch.ids[full * size : branch.computed]
-            if rest:
-                assert branch.node is not None
-                self.cache.insert(branch.node, rest, self.sequences.pages(seq)[full])
-        self.sequences.free(seq)
-        branch.seq, branch.computed = None, 0
-        branch.node, branch.registered = None, 0
 
     def _preempt(self, branch: Branch) -> None:
         self.preemptions += 1
         self._wait(branch)
 
     def _wait(self, branch: Branch) -> None:
-        self._release(branch)
+        self.reuse.release(branch, keep=True, preempted=True)
         self.running.remove(branch)
         self._insert(self.waiting, branch)
 
@@ -220,7 +191,7 @@ class Scheduler:
         self, branch: Branch, left: int, rows: int, planned: list[tuple[int, int]]
     ) -> Part | None:
         """The next piece of a prompt; None if there is no page for it now."""
-        count = min(left, branch.remaining)
+        count = min(left, self.reuse.most(branch))
         if wants_prompt_logprobs(branch):
             count = min(count, rows)
         while not self.make_room(self.sequences.pages_needed([*planned, (branch.sequence, count)])):
@@ -235,33 +206,21 @@ class Scheduler:
         return Part(branch, count, (), wanted)
 
     def _admit(self, branch: Branch, planned: list[tuple[int, int]]) -> bool:
-        """Give a waiting reply a sequence, with what the prefix cache has of it."""
+        """Give a waiting reply a sequence, with what there is of it."""
         if self._slots() + _slots(branch) > self.limits.sequences:
             return False
         sequences, size = self.sequences, self.sequences.page_size
-        match = None
-        if self.cache is not None and not wants_prompt_logprobs(branch):
-            match = self.cache.find(branch.ids, len(branch.ids) - 1)
-        matched = 0 if match is None else match.tokens
+        found = None if wants_prompt_logprobs(branch) else self.reuse.find(branch)
+        matched = 0 if found is None else found.tokens
         pages = -(-(len(branch.ids) + 1) // size) - matched // size
         if sequences.window:
             pages = min(pages, self._window_pages())
         spare = len(self.running)  # a page for each
         needed = pages + spare + (sequences.pages_needed(planned) if planned else 0)
-        available = sequences.pool.free
-        if needed > available and self.running:
-            if self.cache is not None:
-                available += self.cache.evictable()
-            if match is not None:
-                available -= sum(sequences.pool.holders(page) == 1 for page in match.pages)
-            if needed > available:
+        if needed > sequences.pool.free and self.running:
+            if needed > sequences.pool.free + self.reuse.evictable(found):
                 return False
-        if match is not None and matched:
-            branch.seq = sequences.adopt(match.pages, matched)
-            branch.node, branch.registered = match.node, matched // size
-        else:
-            branch.seq = sequences.add()
-        branch.computed = matched
+        self.reuse.begin(branch, found)
         self.waiting.pop(0)
         self._insert(self.running, branch)
         if branch.job.started_at is None:

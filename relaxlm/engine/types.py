@@ -124,7 +124,7 @@ class EngineStats:
 
     Attributes:
         waiting, running: requests.
-        pages_used: held by running requests. pages_cached: held by the prefix cache alone.
+        pages_used: held by running requests. pages_cached: kept for later ones alone.
         prefix_tokens, prefix_hits: prompt tokens looked up in the prefix cache, and found there.
         preemptions: times that a running reply gave up its pages, to be computed again later.
         drafted_tokens, accepted_tokens: of speculative decoding.

@@ -39,6 +39,8 @@ MODELS = {
     "internlm2": "internlm2",
     "kimi_k2": "deepseek_v3",
     "llama": "llama",
+    "llama4": "llama4",
+    "llama4_text": "llama4",
     "mimo": "mimo",
     "minicpm": "minicpm",
     "ministral3": "ministral3",

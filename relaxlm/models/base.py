@@ -62,14 +62,17 @@ class Positions:
         cos, sin = self._tables[rope]
         return rotate(x, cos, sin, self.config.rope_in_pairs)
 
-    def scale_by_position(self, q: Tensor, beta: float, length: int) -> Tensor:
-        """Queries [n, heads, head_dim] times 1 + beta log(1 + floor(position / length))."""
-        key = ("scale", beta, length)
+    def scale_by_position(self, q: Tensor, beta: float, length: int, first: int = 0) -> Tensor:
+        """Queries [n, heads, head_dim] times 1 + beta log(1 + floor(position / length)).
+
+        Positions are counted from `first`.
+        """
+        key = ("scale", beta, length, first)
         if key not in self._tables:
 
             def compute(position: te.Tensor) -> te.Tensor:
                 def factor(t: tirx.Var) -> tirx.Expr:
-                    trained = tirx.floordiv(position[t], length).astype("float32")
+                    trained = tirx.floordiv(position[t] + first, length).astype("float32")
                     return 1 + tirx.const(beta, "float32") * tirx.log(1 + trained)
 
                 return te.compute(position.shape, factor, name="position_scale")

@@ -192,6 +192,11 @@ class DecoderConfig(BaseModel):
         return self.head_dim**-0.5
 
     @property
+    def chunked_attention(self) -> bool:
+        """Whether windows are chunks: a token sees those of the same chunk, of so many tokens."""
+        return False
+
+    @property
     def latent_cache(self) -> tuple[int, int] | None:
         """Features of the latent and of the rotated key that layers cache instead of heads."""
         return None

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveFloat
 from tvm.relax.frontend import nn
-from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn import Tensor
 
 from relaxlm.models.base import CausalLM, Step
 from relaxlm.models.config import DecoderConfig, rope_fields, text_fields
-from relaxlm.models.layers import GatedMLP, RMSNorm, merge_heads
+from relaxlm.models.layers import GatedMLP, RMSNorm, SplitProjections, merge_heads
 from relaxlm.models.rope import Rope
 
 
@@ -88,31 +88,16 @@ class Config(DecoderConfig):
         return self.hidden_size**0.5
 
 
-class Attention(nn.Module):
-    """With a matrix each for queries, keys and values, as in published folders."""
-
+class Attention(SplitProjections):
     def __init__(self, config: Config) -> None:
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=config.attention_bias)
-
-        self.head_dim = config.head_dim
-        width = config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, width)
-        self.k_proj = linear(config.hidden_size, shared)
-        self.v_proj = linear(config.hidden_size, shared)
-        self.o_proj = linear(width, config.hidden_size)
+        super().__init__(config, config.attention_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
-        q, k, v = (self._heads(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.project(x)
         q, k = step.rotary(self.q_norm(q), layer), step.rotary(self.k_norm(k), layer)
         return self.o_proj(merge_heads(step.attention(layer, q, k, v)))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        n, width = x.shape
-        return op.reshape(x, (n, width // self.head_dim, self.head_dim))
 
 
 class Block(nn.Module):

@@ -186,6 +186,29 @@ class Attention(nn.Module):
         return self.o_proj(merge_heads(out))
 
 
+class SplitProjections(nn.Module):
+    """Attention's matrices, one each for queries, keys and values, as some published folders have
+    them."""
+
+    def __init__(self, config: DecoderConfig, bias: bool) -> None:
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        shared = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [n, heads, head_dim]."""
+        q, k, v = (self._heads(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def _heads(self, x: Tensor) -> Tensor:
+        n, width = x.shape
+        return op.reshape(x, (n, width // self.head_dim, self.head_dim))
+
+
 class Attends(Protocol):
     """An attention module as `Block` calls it: [n, hidden] -> [n, hidden]."""
 

@@ -118,7 +118,8 @@ class ChatModule:
         if state := info.state.bytes_per_sequence:
             self.max_replies = min(self.max_replies, 1 + _REPLY_STATES // state)
         pages += 2 * (self.max_replies - 1)
-        size = CacheSize.of(info, pages, self.max_replies, kept=MOST_KEPT)
+        # A text may be embedded beside the conversation.
+        size = CacheSize.of(info, pages, self.max_replies + 1, kept=MOST_KEPT)
         set_threads(threads)
         self.executor = Executor(self.library, self.model.weights, size.pages, size.state_slots)
         self.sequences = size.sequences(info)

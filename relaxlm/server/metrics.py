@@ -33,7 +33,7 @@ _GAUGES = {
     "relaxlm_requests_running": ("running", "Requests whose prompt or reply is being computed."),
     "relaxlm_kv_pages": ("pages_total", "Pages of the KV cache."),
     "relaxlm_kv_pages_used": ("pages_used", "Pages held by running requests."),
-    "relaxlm_kv_pages_cached": ("pages_cached", "Pages held by the prefix cache alone."),
+    "relaxlm_kv_pages_cached": ("pages_cached", "Pages held for later requests alone."),
 }
 _COUNTERS = {
     "relaxlm_prompt_tokens": ("prompt_tokens", "Tokens of prompts."),

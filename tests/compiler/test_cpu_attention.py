@@ -136,6 +136,7 @@ class PagedBatch:
                     shape.sinks,
                     shape.cap,
                     logits,
+                    shape.chunked,
                 )
                 for q, k, v, at in zip(self.q, self.k, self.v, self.positions, strict=True)
             ]
@@ -289,6 +290,16 @@ def test_a_window_shorter_than_the_parts_of_a_long_context() -> None:
     # Some parts, and rounds of prompts, have no visible token at all.
     shape = AttentionShape(4, 2, 16, window=100, sinks=20, scale=0.25)
     batch = PagedBatch(shape, KV_FORMATS["float32"], lengths=[1200, 700], new=[1, 33])
+    np.testing.assert_allclose(batch.attend(), batch.expected(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [5, 100, 512])
+def test_chunks(chunk: int) -> None:
+    # Prompts that begin within a chunk and end some chunks later; single tokens in the middle of
+    # one, at its start and at its end; a context whose chunk is the second half of it.
+    shape = AttentionShape(4, 2, 16, window=chunk, sinks=0, scale=0.25, chunked=True)
+    lengths = [1200, 700, 1 + 2 * chunk, 2 * chunk, chunk]
+    batch = PagedBatch(shape, KV_FORMATS["float32"], lengths, [1, 333, 1, 2, chunk])
     np.testing.assert_allclose(batch.attend(), batch.expected(), rtol=2e-5, atol=2e-6)
 
 

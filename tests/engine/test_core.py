@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from relaxlm.engine.core import EngineCore, Event
 from relaxlm.engine.job import Job, make_job
+from relaxlm.engine.kept_sequences import KeptSequences
+from relaxlm.engine.reuse import Reuse
 from relaxlm.engine.scheduler import StepLimits
+from relaxlm.engine.shared_pages import SharedPages
 from relaxlm.engine.speculation import NgramDrafts
 from relaxlm.engine.types import GenerationRequest
 from relaxlm.errors import RequestError
@@ -26,13 +29,16 @@ from tests.remembering_executor import (
     PAGE,
     RecurrentExecutor,
     RememberingExecutor,
+    WindowedExecutor,
     logits_after,
+    visible,
 )
 from tests.tiny_model import TOKENS
 
 CONTEXT = 40
 LIMITS = StepLimits(tokens=8, sequences=6, rows=6, mixed_prefill_tokens=5)
 WORKERS = ThreadPoolExecutor(1)
+KEPT = 3
 END = 7
 # How much larger the logit of the circle's next token is: right most of the time.
 CIRCLES = 8.0
@@ -55,13 +61,26 @@ class RepeatingExecutor(RememberingExecutor):
 class Engine:
     """A core, the jobs it was given, and what came of them."""
 
-    def __init__(self, pages: int = 64, executor: Any = None, limits=LIMITS, **options) -> None:
+    def __init__(
+        self,
+        pages: int = 64,
+        executor: Any = None,
+        limits: StepLimits = LIMITS,
+        prefix_cache: bool = True,
+        drafts: NgramDrafts | None = None,
+    ) -> None:
         self.executor = executor or RememberingExecutor(pages)
         states = None
         if isinstance(self.executor, RecurrentExecutor):
             states = StateSlots(PagePool(len(self.executor.slots)))
-        sequences = PagedSequences(PagePool(pages), PAGE, states=states)
-        self.core = EngineCore(self.executor, sequences, limits, WORKERS, **options)
+        window, sinks = self.executor.window, self.executor.sinks
+        sequences = PagedSequences(PagePool(pages), PAGE, window, sinks, states=states)
+        reuse: Reuse = Reuse(sequences)
+        if prefix_cache and (states or window):
+            reuse = KeptSequences(sequences, KEPT, tail=2, worth=3)
+        elif prefix_cache:
+            reuse = SharedPages(sequences)
+        self.core = EngineCore(self.executor, sequences, limits, WORKERS, reuse, drafts)
         self.jobs: list[Job] = []
         self.events: list[Event] = []
         self.steps = 0
@@ -94,18 +113,23 @@ class Engine:
         return [sampled.token for event in mine for sampled in event.tokens]
 
 
-def alone(prompt: Sequence[int], choice: int = 0, circles: float = 0.0, **settings) -> list[int]:
+def alone(
+    prompt: Sequence[int], choice: int = 0, circles: float = 0.0, windowed: bool = False, **settings
+) -> list[int]:
     """A reply by itself, without cache or engine."""
-    return list(_alone(tuple(prompt), choice, circles, tuple(sorted(settings.items()))))
+    return list(_alone(tuple(prompt), choice, circles, windowed, tuple(sorted(settings.items()))))
 
 
 @cache
-def _alone(prompt: tuple, choice: int, circles: float, settings: tuple) -> list[int]:
+def _alone(
+    prompt: tuple, choice: int, circles: float, windowed: bool, settings: tuple
+) -> list[int]:
     config = GenerationConfig(**{"temperature": 0.0, "max_tokens": 6, **dict(settings)})
     state, tokens = SamplingState(config, prompt, TOKENS, choice), list(prompt)
     room = min(config.max_tokens or CONTEXT, CONTEXT - len(prompt))
     for _ in range(room):
-        logits = logits_after(tokens)
+        sees = (WindowedExecutor.window, WindowedExecutor.sinks) if windowed else (CONTEXT, 0)
+        logits = logits_after(visible(tokens, *sees))
         logits[20 + (len(tokens) - 1) % 5] += circles
         [sampled] = sample(logits[None], [state])
         assert isinstance(sampled, Sampled)
@@ -144,14 +168,16 @@ ACTIONS = st.one_of(
     actions=st.lists(ACTIONS, min_size=3, max_size=24),
     pages=st.sampled_from([11, 12, 15, 30, 64]),
     shared=st.booleans(),
-    model=st.sampled_from(["plain", "guessed", "recurrent"]),
+    model=st.sampled_from(["plain", "guessed", "recurrent", "windowed"]),
 )
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_mix_of_requests_gives_the_tokens_of_each_alone(actions, pages, shared, model):
     guessed = model == "guessed"
     executor = RepeatingExecutor(pages) if guessed else None
     if model == "recurrent":
-        executor = RecurrentExecutor(pages, slots_for(LIMITS.sequences))
+        executor = RecurrentExecutor(pages, slots_for(LIMITS.sequences, KEPT))
+    if model == "windowed":
+        executor = WindowedExecutor(pages)
     drafts = NgramDrafts(tokens=3) if guessed else None
     engine = Engine(pages, executor, prefix_cache=shared, drafts=drafts)
     given_up: set[int] = set()
@@ -178,15 +204,16 @@ def test_any_mix_of_requests_gives_the_tokens_of_each_alone(actions, pages, shar
         chosen = {name: getattr(config, name) for name in config.model_fields_set}
         for index in range(config.n):
             found = engine.tokens(job, index)
-            expected = alone(job.request.prompt, index, CIRCLES * guessed, **chosen)
+            expected = alone(
+                job.request.prompt, index, CIRCLES * guessed, model == "windowed", **chosen
+            )
             if job.id in given_up or (job.id in cut and index == 0):
                 assert found == expected[: len(found)]
             else:
                 assert found == expected, f"job {job.id}, reply {index}"
     core = engine.core
     assert not core.jobs and not core.scheduler.waiting and not core.scheduler.running
-    if core.cache is not None:
-        core.cache.clear()
+    core.reuse.clear()
     assert core.sequences.pool.free == pages
     if core.sequences.states is not None:
         assert core.sequences.states.pool.used == 0

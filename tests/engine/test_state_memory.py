@@ -36,10 +36,13 @@ def memory(info: LibraryMetadata, left: int) -> int:
 
 def test_every_reply_and_an_embedding_have_a_state(plain, hybrid) -> None:
     plan = plan_cache(hybrid, EngineConfig())
-    assert plan.cache.state_slots == slots_for(plan.limits.sequences + 1)
+    assert plan.kept == 4 + 2 * 4
+    assert plan.cache.state_slots == slots_for(plan.limits.sequences + 1, plan.kept)
     assert plan.cache.nbytes(hybrid).states == plan.cache.state_slots * STATE
     assert plan.cache.sequences(hybrid).states.pool.total == plan.cache.state_slots
+    assert plan_cache(hybrid, EngineConfig(prefix_cache=False)).kept == 0
     assert plan_cache(plain, EngineConfig()).cache.state_slots == 0
+    assert plan_cache(plain, EngineConfig()).kept == 0
     assert plan_cache(plain, EngineConfig()).cache.sequences(plain).states is None
 
 
@@ -48,6 +51,7 @@ def test_there_are_as_many_replies_as_states_fit_beside_the_pages(hybrid, left) 
     plan = plan_cache(hybrid, EngineConfig(mode="server"), memory(hybrid, left * STATE))
     half = 0.7 * left / 2
     assert slots_for(plan.limits.sequences + 1) <= half < slots_for(plan.limits.sequences + 2)
+    assert plan.cache.state_slots == slots_for(plan.limits.sequences + 1, plan.kept) <= half
     pages = plan.cache.nbytes(hybrid).kv_cache + plan.cache.nbytes(hybrid).states
     assert pages <= 0.7 * left * STATE
     assert plan.context == 256
@@ -66,20 +70,20 @@ def test_more_states_than_fit_are_refused(hybrid) -> None:
 
 
 def test_without_pages_the_context_takes_no_memory(recurrent) -> None:
-    longer = recurrent.limits.model_copy(update={"context_window_size": 2**24})
+    longer = recurrent.limits.model_copy(update={"context_window_size": 2**16})
     info = recurrent.model_copy(
         update={
             "limits": longer,
-            "kv_cache": recurrent.kv_cache.model_copy(update={"page_size": 2**20}),
+            "kv_cache": recurrent.kv_cache.model_copy(update={"page_size": 2**14}),
         }
     )
     plan = plan_cache(info, EngineConfig(mode="server"), memory(info, 40 * STATE))
-    assert plan.context == 2**24
+    assert plan.context == 2**16
     assert plan.cache.nbytes(info) == (0, plan.cache.state_slots * STATE)
     assert slots_for(plan.limits.sequences + 1) <= 28 < slots_for(plan.limits.sequences + 2)
     sequences = plan.cache.sequences(info)
     for _ in range(plan.limits.sequences):
-        sequences.append(sequences.add(), 2**24)
+        sequences.append(sequences.add(), 2**16)
     sequences.check()
 
 

@@ -61,6 +61,7 @@ RUNS = {
     "kimi_k2": "Kimi K2",
     "lfm2": "LFM2",
     "llama": "Llama 1 to 3.3, TinyLlama, SmolLM 1 and 2, Vicuna, Yi, DeepSeek-R1-Distill-Llama",
+    "llama4": "Llama 4 Scout and Maverick, text part",
     "llama4_text": "Llama 4, text part",
     "mamba2": "Mamba 2",
     "mimo": "MiMo 7B",

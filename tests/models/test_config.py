@@ -273,6 +273,8 @@ def test_real_configurations() -> None:
         kinds = text_fields(raw).get("layer_types")
         if kinds is None and raw["model_type"] == "gemma2":  # in turns, without a field for it
             kinds = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
+        if kinds is None and raw["model_type"] == "llama4":  # every fourth reads everything
+            kinds = ["full_attention" if i % 4 == 3 else "chunked_attention" for i in layers]
         windows = [kind != "full_attention" for kind in kinds] if kinds else [False for _ in layers]
         assert [window > 0 for window in config.windows] == windows, path.name
         supported += 1

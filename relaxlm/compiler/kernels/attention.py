@@ -19,7 +19,8 @@ PAGE_SIZE = 16
 class AttentionShape:
     """Everything that is fixed when an attention kernel is compiled.
 
-    `window` and `sinks` are in tokens; a window of 0 means full attention. `scale` multiplies the
+    `window` and `sinks` are in tokens; a window of 0 means full attention. If it is `chunked`, a
+    token sees those of its own chunk instead, of `window` tokens (Llama 4). `scale` multiplies the
     scores before the softmax; a `cap` other than 0 then makes them cap * tanh(score / cap)
     (Gemma 2, arXiv:2408.00118). With `sink_logits` every query head has a learned logit that the
     softmax counts like a token without a value (gpt-oss, arXiv:2508.10925).
@@ -34,6 +35,13 @@ class AttentionShape:
     page_size: int = PAGE_SIZE
     cap: float = 0.0
     sink_logits: bool = False
+    chunked: bool = False
+
+    def oldest(self, query: Expr) -> Expr:
+        """Position of the first token that one at position `query` sees, apart from sinks."""
+        if self.chunked:
+            return query - query % self.window
+        return query - (self.window - 1)
 
     @property
     def exponent_scale(self) -> float:

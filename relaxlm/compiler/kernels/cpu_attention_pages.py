@@ -133,7 +133,7 @@ class Tables:
         token = T.broadcast(first, page) + T.ramp(T.int32(0), 1, page)
         mask = token <= T.broadcast(query, page)
         if window > 0:
-            near = T.broadcast(query - window, page) < token
+            near = T.broadcast(self.shape.oldest(query), page) <= token
             if sinks > 0:
                 near = near | (token < T.broadcast(T.int32(sinks), page))
             mask = mask & near
@@ -203,7 +203,7 @@ class Round:
             return T.bool(True)
         for start in (self.starts[i] for i in range(self.size)):
             last = T.max(last, T.if_then_else(start == NOWHERE, 0, start))
-        near = query - (last + shape.page_size - 1) < shape.window
+        near = last + (shape.page_size - 1) >= shape.oldest(query)
         return near | (self.starts[0] < shape.sinks) if shape.sinks > 0 else near
 
     def stage(self, page: Expr) -> None:

@@ -132,7 +132,8 @@ def attend_rows(
         # The last pair may end with a page beyond the last.
         last = pages.starts[T.max(2 * pairs(number) - 1, 0)]
         some = last + (page - 1) > queries[number * block // share]
-        return some | (pages.starts[0] <= latest(number) - window) if window > 0 else some
+        older = pages.starts[0] < tables.shape.oldest(latest(number))
+        return some | older if window > 0 else some
 
     def weigh_any(number: Expr, chunk: Expr | int) -> None:
         with T.If(hidden(number)):
