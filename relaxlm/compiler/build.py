@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 
 from relaxlm import models
+from relaxlm.compiler.cross import zig_linker
 from relaxlm.compiler.cuda import check_device_code, cuda_compilation
 from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.attention import PAGE_SIZE
@@ -23,7 +24,7 @@ from relaxlm.compiler.kernels.cpu_latent_attention import LatentShape
 from relaxlm.compiler.kernels.cpu_latent_attention import (
     attend_workspace_bytes as latent_workspace_bytes,
 )
-from relaxlm.compiler.link import export_library
+from relaxlm.compiler.link import LinksObjects, export_library
 from relaxlm.compiler.options import CompileOptions, check_opt
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
 from relaxlm.compiler.passes.signature import state_tensors
@@ -91,11 +92,14 @@ class CompiledModel:
             CompileError: a CUDA library without machine code for some architecture.
         """
         self.device.check_output(output)
-        if self.device.suffix == ".wasm":
-            linker = WasmLinker.find(lambda: progress("compile TVM's runtime, once", 0.9))
-            export_library(self.executable, output, linker)
+        if self.device.kind == "wasm":
+            linker: LinksObjects | None = WasmLinker.find(
+                lambda: progress("compile TVM's runtime, once", 0.9)
+            )
         else:
-            export_library(self.executable, output)
+            platform = self.device.platform
+            linker = None if platform.is_here else zig_linker(platform)
+        export_library(self.executable, output, linker)
         if self.device.kind == "cuda":
             check_device_code(output, self.device.arch)
 
@@ -137,7 +141,12 @@ def compile_model(
     cuda = device.kind == "cuda"
     archs_dump = (device.arch, debug_dump)
     with cuda_compilation(*archs_dump) if cuda else _cpu_code_generation():
-        executable = tvm.compile(module, target=target, relax_pipeline=tvm.transform.Sequential([]))
+        executable = relax.build(
+            module,
+            target,
+            relax_pipeline=tvm.transform.Sequential([]),
+            system_lib=device.platform.is_static,
+        )
     clock.stop()
     return CompiledModel(executable, metadata, device, seconds)
 

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,15 @@ class LinksObjects(Protocol):
     """What `export_library` needs."""
 
     def link(self, output: Path, objects: Sequence[str | Path]) -> None: ...
+
+
+class Tar:
+    """Puts object files into an archive, for a linker somewhere else."""
+
+    def link(self, output: Path, objects: Sequence[str | Path]) -> None:
+        with tarfile.open(output, "w") as archive:
+            for path in map(Path, objects):
+                archive.add(path, arcname=path.name)
 
 
 @dataclass(frozen=True)
@@ -89,18 +99,20 @@ def find_linker() -> Linker:
 
 
 def export_library(executable: Any, output: Path, linker: LinksObjects | None = None) -> None:
-    """Write a compiled module as a library.
+    """Write a compiled module as a library, or as a `.tar` of its object files.
 
     The library appears under its name only when it is complete.
 
     Args:
         executable: what `tvm.compile` returned.
         output: the file to write; missing parent folders are made.
-        linker: the result of `find_linker` if None.
+        linker: the result of `find_linker` if None. A `.tar` needs none.
 
     Raises:
         ToolchainError: there is no linker, or it failed.
     """
+    if output.suffix == ".tar":
+        linker = Tar()
     linker = linker or find_linker()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")

@@ -16,10 +16,17 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from relaxlm.compiler.platforms import (
+    PLATFORMS,
+    WEB,
+    Platform,
+    features_of,
+    this_platform,
+)
 from relaxlm.errors import CompileError, ConfigError, UnsupportedError
 from relaxlm.runtime import cpu, cuda
 
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
     import tvm
 
 Kind = Literal["cpu", "cuda", "wasm"]
-DEVICES = ("auto", "cpu", "cuda", "wasm")
+DEVICES = ("auto", "cpu", "cuda", "wasm", *PLATFORMS)
 
 REFUSED = {
     "vulkan": "the released TVM has no Vulkan code generator; use cuda on an NVIDIA GPU, or cpu",
@@ -68,16 +75,6 @@ _SHARED_KILOBYTES = {
     "sm_121": 99,
 }
 
-# Portable CPU architectures: the levels of the x86-64 psABI.
-_LEVEL_2 = ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3")
-_LEVEL_3 = (*_LEVEL_2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
-_LEVEL_4 = (*_LEVEL_3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
-CPU_LEVELS: dict[str, tuple[str, ...]] = {
-    "x86-64-v2": _LEVEL_2,
-    "x86-64-v3": _LEVEL_3,
-    "x86-64-v4": _LEVEL_4,
-}
-
 
 @dataclass(frozen=True)
 class DeviceTarget:
@@ -85,17 +82,27 @@ class DeviceTarget:
 
     Attributes:
         kind: "cpu" or "cuda"; "wasm" is the CPU as browsers show it.
-        arch: cuda: the real architectures, oldest first. cpu: ("native",) or a psABI level.
-            wasm: ("wasm32",).
+        arch: cuda: the real architectures, oldest first. cpu: ("native",), a level of
+            `platforms.CPU_LEVELS`, or a processor that LLVM knows. wasm: ("wasm32",).
         cpu_features: LLVM names, sorted, of what the CPU code in the library may use beyond the
             architecture's baseline. Empty for cuda: host code only launches kernels.
-        suffix: of the library's file name on this operating system.
+        platform: the machine that the library is loaded on.
     """
 
     kind: Kind
     arch: tuple[str, ...]
     cpu_features: tuple[str, ...]
-    suffix: str
+    platform: Platform = field(default_factory=this_platform)
+
+    @property
+    def suffix(self) -> str:
+        """Of libraries' file names."""
+        return self.platform.suffixes[0]
+
+    @property
+    def name(self) -> str:
+        """For people: the platform where it is another one than this, else the kind."""
+        return self.kind if self.platform.is_here else self.platform.name
 
     @property
     def kernels(self) -> str:
@@ -139,20 +146,22 @@ class DeviceTarget:
         return {
             "kind": self.kind,
             "arch": list(self.arch),
-            "cpu": "wasm32" if self.kind == "wasm" else cpu.architecture(),
+            "system": self.platform.system,
+            "cpu": self.platform.cpu,
             "cpu_features": list(self.cpu_features),
         }
 
     def check_output(self, path: Path) -> None:
-        """Refuse a file name that does not end in `suffix`.
+        """Refuse a file name with another suffix than the platform's libraries have.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: says which ones there are.
         """
-        if path.suffix != self.suffix:
+        if path.suffix not in self.platform.suffixes:
+            library, *others = self.platform.suffixes
             raise ConfigError(
-                f"output {path}: a library for {self.kind} on this system is a *{self.suffix} "
-                f"file, not '{path.suffix}'"
+                f"output {path}: a library for {self.name} is a *{library} file, not "
+                f"'{path.suffix}'" + "".join(f"; *{one} holds object files" for one in others)
             )
 
 
@@ -160,14 +169,22 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
     """The target that `--device` and `--arch` name.
 
     Args:
-        device: "auto" (cuda if there is a usable GPU, else cpu), "cpu", "cuda" or "wasm".
+        device: "auto" (cuda if there is a usable GPU, else cpu), "cpu", "cuda", "wasm" or one of
+            `PLATFORMS`; the architecture may follow behind a colon, "cpu:x86-64-v3".
         arch: cuda: comma-separated real architectures, "sm_80,sm_90"; the machine's GPUs if None.
-            cpu: "native" (the same as None) or "x86-64-v2" .. "x86-64-v4". wasm: none.
+            cpu: "native" (the same as None), a level of `CPU_LEVELS` or a processor that LLVM
+            knows. Platforms: the same but "native"; None is the platform's own level. wasm: none.
 
     Raises:
         ConfigError: an unknown device or architecture, or no GPU to take the architecture from.
         UnsupportedError: a device that TVM has, and that relaxlm does not compile for.
     """
+    device, _, behind = device.partition(":")
+    if behind and arch and behind != arch:
+        raise ConfigError(
+            f"device '{device}:{behind}' and arch '{arch}' name two architectures: give one"
+        )
+    arch = arch or behind or None
     if device in REFUSED:
         raise UnsupportedError(f"device '{device}' is not supported: {REFUSED[device]}")
     if device not in DEVICES:
@@ -178,17 +195,17 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
         return _cuda(arch)
     if device == "wasm":
         return _wasm(arch)
-    return _cpu(arch)
+    platform = PLATFORMS.get(device)
+    if platform is None:
+        return _cpu(arch)
+    arch = arch or platform.level
+    features = features_of(platform, arch) if arch else ()
+    return DeviceTarget("cpu", (arch,) if arch else (), features, platform)
 
 
 def usable_gpu() -> bool:
     """Whether CUDA libraries can run here: Linux, a driver and at least one GPU."""
     return sys.platform == "linux" and bool(cuda.gpus())
-
-
-def library_suffix(system: str | None = None) -> str:
-    """The suffix of shared libraries on `system`, a value of `sys.platform`."""
-    return {"darwin": ".dylib", "win32": ".dll"}.get(system or sys.platform, ".so")
 
 
 def _cuda(arch: str | None) -> DeviceTarget:
@@ -207,7 +224,7 @@ def _cuda(arch: str | None) -> DeviceTarget:
                 "--arch sm_80 (A100), --arch sm_90 (H100), or several, --arch sm_80,sm_90"
             )
         names = parse_cuda_archs(",".join(sorted(found)))
-    return DeviceTarget("cuda", names, (), library_suffix())
+    return DeviceTarget("cuda", names, ())
 
 
 def parse_cuda_archs(text: str) -> tuple[str, ...]:
@@ -243,21 +260,14 @@ def arch_number(arch: str) -> int:
 
 def _cpu(arch: str | None) -> DeviceTarget:
     if arch is None or arch == "native":
-        features = tuple(sorted(cpu.host_cpu_features()))
-        return DeviceTarget("cpu", ("native",), features, library_suffix())
-    levels = CPU_LEVELS if cpu.architecture() == "x86_64" else {}
-    if arch not in levels:
-        raise ConfigError(
-            f"arch '{arch}' is not known for device 'cpu'; expected "
-            + ", ".join(["native", *levels])
-        )
-    return DeviceTarget("cpu", (arch,), tuple(sorted(levels[arch])), library_suffix())
+        return DeviceTarget("cpu", ("native",), tuple(sorted(cpu.host_cpu_features())))
+    return DeviceTarget("cpu", (arch,), features_of(this_platform(), arch))
 
 
 def _wasm(arch: str | None) -> DeviceTarget:
     if arch is not None:
         raise ConfigError(f"arch '{arch}': device 'wasm' has one architecture; leave --arch out")
-    return DeviceTarget("wasm", ("wasm32",), WASM_FEATURES, ".wasm")
+    return DeviceTarget("wasm", ("wasm32",), WASM_FEATURES, WEB)
 
 
 def _wasm_code(opt_level: int) -> dict[str, Any]:
@@ -268,7 +278,7 @@ def _wasm_code(opt_level: int) -> dict[str, Any]:
     """
     return {
         "kind": "llvm",
-        "mtriple": "wasm32-unknown-unknown-wasm",
+        "mtriple": WEB.triple,
         "mcpu": "mvp",
         "vector-width": 128,
         "mattr": [f"+{feature}" for feature in WASM_FEATURES],
@@ -279,14 +289,22 @@ def _wasm_code(opt_level: int) -> dict[str, Any]:
 def _llvm_target(device: DeviceTarget, opt_level: int) -> tvm.target.Target:
     from tvm.target import Target, codegen
 
+    platform = device.platform
+    known: dict[str, Any] = {"kind": "llvm", "opt-level": opt_level, **platform.attributes}
+    if not platform.is_here:
+        known["mtriple"] = platform.triple
+    if not platform.level:
+        return Target(known)
     name = codegen.llvm_get_system_cpu() if device.arch == ("native",) else device.arch[0]
+    if codegen.llvm_is_valid_cpu(name, platform.triple):
+        known["mcpu"] = name
     wanted = set(device.cpu_features)
-    optional = sorted((cpu.tracked_features() | set(cpu.UNUSABLE)) - wanted)
-    implied = Target({"kind": "llvm", "mcpu": name})
+    optional = sorted((cpu.tracked_features(platform.cpu) | set(cpu.UNUSABLE)) - wanted)
+    implied = Target(known)
     off = [feature for feature in optional if codegen.target_has_features(feature, implied)]
     # Removals last: to switch on an extension also switches on what it builds upon.
     attributes = [f"+{feature}" for feature in sorted(wanted)] + [f"-{feature}" for feature in off]
-    target = Target({"kind": "llvm", "mcpu": name, "mattr": attributes, "opt-level": opt_level})
+    target = Target({**known, "mattr": attributes})
     surplus = [feature for feature in optional if codegen.target_has_features(feature, target)]
     if surplus:
         raise CompileError(

@@ -159,6 +159,11 @@ def architecture(machine: str | None = None) -> str:
     return {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
+def system() -> str:
+    """The operating system: `sys.platform`, and "android" where that says "linux"."""
+    return "android" if hasattr(sys, "getandroidapilevel") else sys.platform
+
+
 def tracked_features(arch: str | None = None) -> frozenset[str]:
     """The features that a library may list for an architecture; empty for an unknown one."""
     return frozenset(

@@ -87,12 +87,13 @@ def check_runs_here(metadata: LibraryMetadata, path: Path | str) -> None:
             raise LibraryError(
                 f"{path} was compiled with {package} {found}, this is {package} {version}; {again}"
             )
-    if metadata.target.cpu != cpu.architecture():
+    target = metadata.target
+    if (target.cpu, target.system) != (cpu.architecture(), cpu.system()):
         raise LibraryError(
-            f"{path} was compiled for {metadata.target.cpu}, this machine is "
-            f"{cpu.architecture()}; {again}"
+            f"{path} was compiled for {target.system} on {target.cpu}, this machine is "
+            f"{cpu.system()} on {cpu.architecture()}; {again}"
         )
-    missing = cpu.missing_features(metadata.target.cpu_features)
+    missing = cpu.missing_features(target.cpu_features)
     if missing:
         raise LibraryError(
             f"{path} needs CPU features that this machine lacks: {', '.join(missing)}; {again}, "

@@ -13,10 +13,14 @@ class _Strict(BaseModel):
 
 
 class TargetInfo(_Strict):
-    """What the code runs on; `cpu_features` are LLVM's names of extensions the code may use."""
+    """What the code runs on; `cpu_features` are LLVM's names of extensions the code may use.
+
+    `system` and `cpu` are those of the machine, as `runtime/cpu.py` calls them.
+    """
 
     kind: str
     arch: list[str]
+    system: str
     cpu: str
     cpu_features: list[str]
 

@@ -1,0 +1,140 @@
+"""Links libraries for other machines, with zig, and checks what they leave to be found there.
+
+zig (https://ziglang.org) is a compiler and linker for all platforms with their C libraries in one
+package: `pip install relaxlm[cross]`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relaxlm.compiler.link import run_tool
+from relaxlm.compiler.platforms import Platform
+from relaxlm.errors import CompileError, ToolchainError
+
+# What libtvm_ffi gives to the code of libraries; everything else of TVM comes through pointers that
+# its loader fills in. The rest are functions of C's library, which every process has.
+TVM_SYMBOLS = frozenset({"TVMFFIErrorSetRaisedFromCStrParts"})
+STATIC_SYMBOLS = TVM_SYMBOLS | {
+    "TVMFFIEnvModLookupFromImports",
+    "TVMFFIEnvModRegisterSystemLibSymbol",
+    "TVMFFIFunctionCall",
+    "TVMFFIHandleInitOnce",
+}
+C_SYMBOLS = frozenset(
+    {"memcpy", "memmove", "memset"}
+    | {
+        f"{name}{kind}"
+        for name in ("cos", "exp", "log", "pow", "sin", "tanh")
+        for kind in ("", "f")
+    }
+)
+# Conversions of half precision that compilers leave to their own run-time library.
+HALF_SYMBOLS = frozenset({"__extendhfsf2", "__truncsfhf2", "__truncdfhf2"})
+# What the loaders of macOS and Windows fill in for every library.
+_OF_LOADERS = frozenset({"dyld_stub_binder"})
+
+
+@dataclass(frozen=True)
+class ZigLinker:
+    """Makes libraries for one platform."""
+
+    platform: Platform
+    zig: tuple[str, ...]
+
+    def link(self, output: Path, objects: Sequence[str | Path]) -> None:
+        """Make a library of object files, and look at what it needs.
+
+        Raises:
+            ToolchainError: zig failed; its first line of complaint is in the message.
+            CompileError: the library needs a function that TVM's runtime does not have there.
+        """
+        platform, names = self.platform, [str(path) for path in objects]
+        purpose = f"link {output.name} for {platform.name}"
+        if platform.is_static:
+            run_tool([*self.zig, "ar", "rcs", str(output), *names], purpose)
+            return
+        assert platform.zig is not None
+        command = [*self.zig, "cc", "-target", platform.zig, "-shared", "-o", str(output), *names]
+        if platform.system == "win32":
+            command.append(str(self._import_library(output)))
+        run_tool([*command, *_OPTIONS.get(platform.system, ())], purpose)
+        for rest in (".pdb", ".lib", ".def", ".a"):  # what zig makes beside a .dll
+            output.with_suffix(rest).unlink(missing_ok=True)
+        if unknown := undefined_symbols(output) - allowed_symbols(platform):
+            raise CompileError(
+                f"{output.name} needs {', '.join(sorted(unknown))}, which neither TVM's runtime "
+                f"nor the C library of {platform.name} has. This is a fault of relaxlm: please "
+                "report it"
+            )
+
+    def _import_library(self, output: Path) -> Path:
+        """Windows links against a list of what another library has."""
+        definition, library = output.with_suffix(".def"), output.with_suffix(".a")
+        lines = ["LIBRARY tvm_ffi.dll", "EXPORTS", *sorted(TVM_SYMBOLS)]
+        definition.write_text("\n".join(lines) + "\n")
+        command = [*self.zig, "dlltool", "-m", "i386:x86-64", "-d", str(definition)]
+        run_tool([*command, "-l", str(library)], f"list the functions of tvm_ffi for {output.name}")
+        return library
+
+
+# Undefined symbols are looked up when the library is loaded.
+_OPTIONS = {
+    "darwin": ("-Wl,-undefined,dynamic_lookup",),
+    # zig has no C library of Android. Pages of 16 KB are what Google Play asks for.
+    "android": (
+        "-nostdlib",
+        "-Wl,-z,max-page-size=16384",
+        "-Wl,--allow-shlib-undefined",
+        "-fno-sanitize=all",
+    ),
+}
+
+
+def zig_linker(platform: Platform) -> ZigLinker:
+    """zig for a platform that is not this machine.
+
+    Raises:
+        ToolchainError: there is no zig.
+    """
+    if importlib.util.find_spec("ziglang") is not None:
+        return ZigLinker(platform, (sys.executable, "-m", "ziglang"))
+    if path := shutil.which("zig"):
+        return ZigLinker(platform, (path,))
+    raise ToolchainError(
+        f"libraries for {platform.name} are linked with zig, which is not installed: "
+        "pip install 'relaxlm[cross]'"
+    )
+
+
+def allowed_symbols(platform: Platform) -> frozenset[str]:
+    """What a library may leave undefined."""
+    names = (STATIC_SYMBOLS if platform.is_static else TVM_SYMBOLS) | C_SYMBOLS
+    return names | HALF_SYMBOLS if platform.system in ("darwin", "ios") else names
+
+
+def undefined_symbols(path: Path) -> frozenset[str]:
+    """Names that a library needs from elsewhere, as C programs spell them.
+
+    Raises:
+        ToolchainError: lief, which reads libraries of all systems, is not installed.
+    """
+    if importlib.util.find_spec("lief") is None:
+        raise ToolchainError("libraries are checked with lief: pip install 'relaxlm[cross]'")
+    import lief
+
+    lief.logging.disable()
+    binary: Any = lief.parse(str(path))
+    if isinstance(binary, lief.PE.Binary):
+        found = {str(entry.name) for library in binary.imports for entry in library.entries}
+    else:
+        found = {str(symbol.name) for symbol in binary.imported_symbols}
+    if isinstance(binary, lief.MachO.Binary):
+        found = {name.removeprefix("_") for name in found - _OF_LOADERS}
+    return frozenset(found)
