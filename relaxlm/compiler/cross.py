@@ -27,18 +27,17 @@ STATIC_SYMBOLS = TVM_SYMBOLS | {
     "TVMFFIFunctionCall",
     "TVMFFIHandleInitOnce",
 }
+_MATHS = ("cos", "exp", "log", "nearbyint", "pow", "sin", "tanh")
 C_SYMBOLS = frozenset(
-    {"memcpy", "memmove", "memset"}
-    | {
-        f"{name}{kind}"
-        for name in ("cos", "exp", "log", "pow", "sin", "tanh")
-        for kind in ("", "f")
-    }
+    {"bzero", "memcpy", "memmove", "memset"}
+    | {name + kind for name in _MATHS for kind in ("", "f")}
 )
 # Conversions of half precision that compilers leave to their own run-time library.
 HALF_SYMBOLS = frozenset({"__extendhfsf2", "__truncsfhf2", "__truncdfhf2"})
-# What the loaders of macOS and Windows fill in for every library.
+# What macOS' loader fills in for every library.
 _OF_LOADERS = frozenset({"dyld_stub_binder"})
+# First parts of the names of libraries that are part of Windows.
+_WINDOWS = ("kernel32", "api-ms-win-crt")
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,14 @@ def undefined_symbols(path: Path) -> frozenset[str]:
     lief.logging.disable()
     binary: Any = lief.parse(str(path))
     if isinstance(binary, lief.PE.Binary):
-        found = {str(entry.name) for library in binary.imports for entry in library.entries}
-    else:
-        found = {str(symbol.name) for symbol in binary.imported_symbols}
-    if isinstance(binary, lief.MachO.Binary):
-        found = {name.removeprefix("_") for name in found - _OF_LOADERS}
-    return frozenset(found)
+        others = [
+            library
+            for library in binary.imports
+            if not str(library.name).lower().startswith(_WINDOWS)
+        ]
+        return frozenset(str(entry.name) for library in others for entry in library.entries)
+    if isinstance(binary, lief.ELF.Binary):
+        names = (str(symbol.name) for symbol in binary.dynamic_symbols if symbol.shndx == 0)
+        return frozenset(name for name in names if name)
+    names = (str(symbol.name) for symbol in binary.imported_symbols)
+    return frozenset(name.removeprefix("_") for name in names if name not in _OF_LOADERS)
