@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from relaxlm.compiler.link import run_tool
@@ -54,18 +55,22 @@ class ZigLinker:
             ToolchainError: zig failed; its first line of complaint is in the message.
             CompileError: the library needs a function that TVM's runtime does not have there.
         """
-        platform, names = self.platform, [str(path) for path in objects]
+        with TemporaryDirectory(dir=output.parent) as folder:  # zig makes more than it is asked for
+            library = Path(folder) / output.name
+            self._link(library, [str(path) for path in objects])
+            library.replace(output)
+
+    def _link(self, output: Path, objects: Sequence[str]) -> None:
+        platform = self.platform
         purpose = f"link {output.name} for {platform.name}"
         if platform.is_static:
-            run_tool([*self.zig, "ar", "rcs", str(output), *names], purpose)
+            run_tool([*self.zig, "ar", "rcs", str(output), *objects], purpose)
             return
         assert platform.zig is not None
-        command = [*self.zig, "cc", "-target", platform.zig, "-shared", "-o", str(output), *names]
+        command = [*self.zig, "cc", "-target", platform.zig, "-shared", "-o", str(output), *objects]
         if platform.system == "win32":
             command.append(str(self._import_library(output)))
         run_tool([*command, *_OPTIONS.get(platform.system, ())], purpose)
-        for rest in (".pdb", ".lib", ".def", ".a"):  # what zig makes beside a .dll
-            output.with_suffix(rest).unlink(missing_ok=True)
         if unknown := undefined_symbols(output) - allowed_symbols(platform):
             raise CompileError(
                 f"{output.name} needs {', '.join(sorted(unknown))}, which neither TVM's runtime "

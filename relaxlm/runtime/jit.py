@@ -45,10 +45,13 @@ def library_for(
         ConfigError: a device whose libraries do not run in Python.
     """
     check_versions()
-    if target_kind(device) == "wasm":
+    from relaxlm.compiler.target import resolve_device
+
+    platform = resolve_device(device).platform
+    if not platform.is_here:
         raise ConfigError(
-            f"device '{device}' is for browsers, and nothing runs for it here: use cpu or cuda, or "
-            f"`relaxlm compile --device {device}` (docs/web.md)"
+            f"device '{device}' is for {platform.name}, and nothing runs for it here: use cpu or "
+            f"cuda, or `relaxlm compile --device {device}` (docs/targets.md)"
         )
     libraries, seen = cache_folder() / "libraries", _seen(folder, device, overrides, opt)
     if seen is not None and seen.is_file():

@@ -46,7 +46,7 @@ def test_debug_dump_has_the_ir_after_every_pass(tmp_path: Path) -> None:
 
 
 def test_a_wrong_suffix_is_refused_before_compiling(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a library for cpu on this system is a \*\.so file"):
+    with pytest.raises(ConfigError, match=r"a library for cpu is a \*\.so file"):
         resolve_device("cpu").check_output(tmp_path / "model.wasm")
 
 

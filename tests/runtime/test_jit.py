@@ -150,7 +150,7 @@ def test_an_interrupted_compilation_leaves_nothing(tiny, cache, monkeypatch, mom
         raise KeyboardInterrupt
 
     if moment == "compile":
-        monkeypatch.setattr("tvm.compile", interrupted)
+        monkeypatch.setattr("tvm.relax.build", interrupted)
     else:
         target = {"link": "relaxlm.compiler.link.Linker.link", "rename": "os.replace"}[moment]
         monkeypatch.setattr(target, interrupted)

@@ -38,7 +38,7 @@ def test_attention_takes_the_memory_of_one_thread(
 
 
 def test_python_runs_no_libraries_for_browsers(tiny: TinyModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="device 'wasm' is for browsers, and nothing runs for it"):
+    with pytest.raises(ConfigError, match="device 'wasm' is for wasm, and nothing runs for it"):
         library_for(tiny.folder, "wasm")
     library = tmp_path / "tiny.wasm"
     library.write_bytes(b"\0asm\1\0\0\0")
