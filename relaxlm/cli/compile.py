@@ -15,13 +15,20 @@ def compile(
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Library to write: *.so, *.dylib, *.dll or *.wasm."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Library to write: *.so, *.dylib, *.dll, *.a or *.wasm; *.tar for object files.",
+        ),
     ],
     device: Annotated[
         str,
         typer.Option(
             "--device",
-            help="auto (this machine's GPU, else its CPU), cpu, cuda, or wasm (browsers' CPU).",
+            help="auto (this machine's GPU, else its CPU), cpu, cuda, wasm (browsers' CPU), or "
+            "another machine: linux-arm64, linux-x86_64, linux-riscv64, android-arm64, "
+            "macos-arm64, macos-x86_64, windows-x86_64, ios (docs/targets.md). "
+            "--arch may follow: cuda:sm_90, cpu:x86-64-v3.",
         ),
     ] = "auto",
     quantization: Annotated[
@@ -33,7 +40,8 @@ def compile(
         typer.Option(
             "--arch",
             help="cuda: sm_80,sm_90 and so on; default: this machine's GPU. "
-            "cpu: native (default) or x86-64-v2, -v3, -v4.",
+            "cpu: native (default), x86-64-v2, -v3, -v4, or any processor that LLVM knows, "
+            "such as znver4.",
         ),
     ] = None,
     overrides: Annotated[
