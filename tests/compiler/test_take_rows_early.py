@@ -30,6 +30,10 @@ class Example(nn.Module):
         z = x + y
         return op.concat([take_rows(z, rows), op.sum(z, axis=0, keepdims=True)], dim=0)
 
+    def parted(self, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        gate, up = op.split(x, 2, axis=-1)
+        return op.concat([take_rows(op.silu(gate), rows), op.sum(up, axis=0, keepdims=True)], dim=0)
+
 
 def export(*names: str):
     model = Example()
@@ -52,6 +56,12 @@ def test_what_mixes_rows_or_is_read_elsewhere_is_computed_before() -> None:
     module = TakeRowsEarly()(before)
     for name in ("across_rows", "read_elsewhere"):
         assert written_out(module[name]) == written_out(before[name])
+
+
+def test_a_part_of_a_tuple_is_chosen_from_though_another_part_is_needed_whole() -> None:
+    module = TakeRowsEarly()(export("parted"))
+    chosen = "silu(@take_rows(split(x)[0], rows))"
+    assert written_out(module["parted"]) == f"concat(({chosen}, sum(split(x)[1])))"
 
 
 def exported(raw: dict):

@@ -118,6 +118,10 @@ class _Rewriter(PyExprMutator):
                 and all(user == takes[0].var or user in self.early for user in users[binding.var])
             ):
                 self.early[binding.var] = binding.value
+        # A part of a tuple whose other parts are needed whole is taken from the tuple as it is.
+        for var, value in list(self.early.items()):
+            if isinstance(value, relax.TupleGetItem) and value.tuple_value not in self.early:
+                del self.early[var]
         return self.visit_expr(function)
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
