@@ -1,6 +1,6 @@
 """What every model shares: where its parameters come from, and what they are called."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -67,7 +67,8 @@ class Architecture(nn.Module):
                 renamed(name, self.published_names),
                 shape,
                 "float32" if is_float32 else self._role(name, shape),
-                tuple(self._with_names(source) for source in self._sources(name, shape)),
+                self._with_all_names(self._sources(name, shape)),
+                tuple(map(self._with_all_names, self._other_sources(name, shape))),
             )
             for name, shape, is_float32 in (
                 (
@@ -84,7 +85,8 @@ class Architecture(nn.Module):
         return self.ignored
 
     def _role(self, name: str, shape: tuple[int, ...]) -> Role:
-        return "vector" if len(shape) == 1 or "norm." in name else "linear"
+        is_vector = len(shape) == 1 or "norm." in name or not name.endswith(".weight")
+        return "vector" if is_vector else "linear"
 
     def _sources(self, name: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
         for part, pieces in self.fused.items():
@@ -97,8 +99,15 @@ class Architecture(nn.Module):
         shift = self.norm_shift if name.endswith("norm.weight") else 0.0
         return (Source(self._checkpoint_name(name), shape, shift=shift),)
 
+    def _other_sources(self, name: str, shape: tuple[int, ...]) -> Sequence[tuple[Source, ...]]:
+        """What a parameter is made of in checkpoints that are cut otherwise."""
+        return ()
+
     def _checkpoint_name(self, name: str) -> str:
         return renamed(name, self.checkpoint_names)
+
+    def _with_all_names(self, sources: Sequence[Source]) -> tuple[Source, ...]:
+        return tuple(map(self._with_names, sources))
 
     def _with_names(self, source: Source) -> Source:
         """A source with all that checkpoints call it, and what is tied to it."""

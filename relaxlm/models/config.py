@@ -70,6 +70,9 @@ class DecoderConfig(BaseModel):
     absent: ClassVar[Mapping[str, Any]] = {}
     # Names in the family's config.json -> names here, where they differ.
     spelling: ClassVar[Mapping[str, str]] = {"rms_norm_eps": "norm_eps"}
+    # Fields of the family's config.json, besides WITHOUT_EFFECT, that its reference does not read
+    # when it computes.
+    without_effect: ClassVar[frozenset[str]] = frozenset()
 
     model_type: str
     vocab_size: PositiveInt
@@ -243,7 +246,7 @@ def unknown_fields(config: DecoderConfig, raw: Mapping[str, Any]) -> list[str]:
     """Fields of config.json that relaxlm neither uses nor knows to be without effect."""
     raw = text_fields(raw)
     known = WITHOUT_EFFECT | set(type(config).model_fields) | set(config.absent)
-    known |= set(config.spelling)
+    known |= set(config.spelling) | config.without_effect
     return sorted(key for key, value in raw.items() if key not in known and value)
 
 

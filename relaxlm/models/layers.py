@@ -64,36 +64,44 @@ class LayerNorm(nn.Module):
         self.eps, self.shift = eps, shift
 
     def forward(self, x: Tensor) -> Tensor:
-        given = [parameter for parameter in (self.weight, self.bias) if parameter is not None]
+        return layer_norm(x, self.weight, self.bias, self.eps, self.shift)
 
-        def compute(x: te.Tensor, *parameters: te.Tensor) -> te.Tensor:
-            *rows, size = x.shape
 
-            def mean(values: Callable, name: str) -> te.Tensor:
-                j = te.reduce_axis((0, size), "j")
-                total = te.compute(rows, lambda *i: te.sum(values(*i, j), axis=j), name=name)
-                return lambda *i: total(*i) / tirx.Cast("float32", size)
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, shift: float = 0.0
+) -> Tensor:
+    """`LayerNorm` with given parameters, each of the shape of the last axes of x."""
+    given = [parameter for parameter in (weight, bias) if parameter is not None]
 
-            def value(*index):
-                return x(*index).astype("float32")
+    def compute(x: te.Tensor, *parameters: te.Tensor) -> te.Tensor:
+        *rows, size = x.shape
 
-            # Two passes: the mean of squares minus the squared mean loses digits.
-            centre = mean(value, "centre")
-            spread = mean(lambda *i: _square(value(*i) - centre(*i[:-1])), "spread")
-            eps = tirx.const(self.eps, "float32")
+        def mean(values: Callable, name: str) -> te.Tensor:
+            j = te.reduce_axis((0, size), "j")
+            total = te.compute(rows, lambda *i: te.sum(values(*i, j), axis=j), name=name)
+            return lambda *i: total(*i) / tirx.Cast("float32", size)
 
-            def element(*i):
-                result = (value(*i) - centre(*i[:-1])) * tirx.rsqrt(spread(*i[:-1]) + eps)
-                own = [p(*i[-len(p.shape) :]).astype("float32") for p in parameters]
-                if self.weight is not None:
-                    result = result * (own[0] + tirx.const(self.shift, "float32"))
-                if self.bias is not None:
-                    result = result + own[-1]
-                return result.astype(x.dtype)
+        def value(*index):
+            return x(*index).astype("float32")
 
-            return te.compute(x.shape, element, name="layer_norm")
+        # Two passes: the mean of squares minus the squared mean loses digits.
+        centre = mean(value, "centre")
+        spread = mean(lambda *i: _square(value(*i) - centre(*i[:-1])), "spread")
 
-        return op.tensor_expr_op(compute, "layer_norm", [x, *given])
+        def element(*i):
+            result = (value(*i) - centre(*i[:-1])) * tirx.rsqrt(
+                spread(*i[:-1]) + tirx.const(eps, "float32")
+            )
+            own = [p(*i[-len(p.shape) :]).astype("float32") for p in parameters]
+            if weight is not None:
+                result = result * (own[0] + tirx.const(shift, "float32"))
+            if bias is not None:
+                result = result + own[-1]
+            return result.astype(x.dtype)
+
+        return te.compute(x.shape, element, name="layer_norm")
+
+    return op.tensor_expr_op(compute, "layer_norm", [x, *given])
 
 
 def _square(value):

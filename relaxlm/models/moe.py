@@ -139,7 +139,7 @@ class MoELM(CausalLM):
         return (*super().ignored_sources(), *(f"model.layers.{layer}.*" for layer in behind))
 
     def _role(self, name: str, shape: tuple[int, ...]) -> Role:
-        if len(shape) == 3:
+        if len(shape) == 3 and name.endswith(".weight"):
             return "expert"
         is_gate = name.removesuffix(".weight").endswith("gate")
         if is_gate and shape[0] <= self.float_gate_outputs:

@@ -73,9 +73,7 @@ def stored_parameters(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
     stored = {}
     for spec in _specs(raw, state):
         parts = [source.values(state[source.name].numpy()) for source in spec.sources]
-        parts = [part.reshape(-1, *spec.shape[1:]) for part in parts]
-        value = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        assert value.shape == spec.shape, spec
+        value = np.concatenate([part.reshape(-1) for part in parts]).reshape(spec.shape)
         quant = scheme.for_role(spec.role)
         names = list(scheme.storage(spec))
         arrays = list(quant.quantize(value).values()) if quant else [_cast(value, scheme, spec)]
@@ -91,7 +89,8 @@ def dequantized_state(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
         for source in spec.sources:
             # Two parameters may be parts of one tensor.
             tensor = result.get(source.name, state[source.name]).numpy().copy()
-            value = source.values(tensor).reshape(-1, *spec.shape[1:])
+            value = source.values(tensor)
+            value = value.reshape(-1, spec.shape[-1]) if quant else value
             kept = quant.dequantize(quant.quantize(value), value.shape) if quant else None
             if kept is None:
                 kept = _cast(value, scheme, spec).astype(np.float32)

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from relaxlm import models
 from relaxlm.errors import ConfigError, UnsupportedError
-from relaxlm.models.config import text_fields, unknown_fields
+from relaxlm.models.config import DecoderConfig, text_fields, unknown_fields
 from tests.models.parity import tiny_config
 from tests.shared_data import SHARED, needs_shared_data
 
@@ -54,7 +54,16 @@ def test_absent_fields_read_as_transformers_fills_them_in(model_type: str) -> No
         assert ours.num_key_value_heads == heads
     kinds = getattr(theirs, "layer_types", None)
     if kinds is not None:
-        assert [bool(window) for window in ours.windows] == [k != "full_attention" for k in kinds]
+        _check_layers(ours, kinds)
+
+
+def _check_layers(config: DecoderConfig, kinds: list[str]) -> None:
+    """Layers attend, and have a window, as `layer_types` says."""
+    recurrent = ("linear_attention", "conv")
+    attends = [config.has_pages(layer) for layer in range(config.num_hidden_layers)]
+    assert attends == [kind not in recurrent for kind in kinds]
+    plain = (*recurrent, "full_attention")
+    assert [window > 0 for window in config.windows] == [kind not in plain for kind in kinds]
 
 
 def test_number_of_kv_heads_defaults_to_that_of_heads() -> None:
@@ -275,7 +284,6 @@ def test_real_configurations() -> None:
             kinds = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
         if kinds is None and raw["model_type"] == "llama4":  # every fourth reads everything
             kinds = ["full_attention" if i % 4 == 3 else "chunked_attention" for i in layers]
-        windows = [kind != "full_attention" for kind in kinds] if kinds else [False for _ in layers]
-        assert [window > 0 for window in config.windows] == windows, path.name
+        _check_layers(config, kinds or ["full_attention" for _ in layers])
         supported += 1
     assert supported >= 15
