@@ -37,7 +37,13 @@ class SomeLayers(MoEConfig):
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 
-class Config(SomeLayers):
+class SharedExpert(MoEConfig):
+    """Besides the experts that are chosen, one that every token passes."""
+
+    shared_expert_intermediate_size: PositiveInt
+
+
+class Config(SomeLayers, SharedExpert):
     absent: ClassVar[dict] = {
         "num_key_value_heads": 16,
         "hidden_act": "silu",
@@ -59,7 +65,6 @@ class Config(SomeLayers):
     }
 
     model_type: Literal["qwen2_moe"]
-    shared_expert_intermediate_size: PositiveInt
     qkv_bias: Literal[True]
 
     @classmethod
@@ -75,7 +80,7 @@ class Config(SomeLayers):
 class SharedMLP(SparseMLP):
     """Experts, and one more that every token passes, as far as a gate of its own opens."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: SharedExpert) -> None:
         super().__init__(config)
         size = config.shared_expert_intermediate_size
         self.shared_expert = GatedMLP(config.model_copy(update={"intermediate_size": size}))
