@@ -54,6 +54,24 @@ def read_text(path: Path, error: type[RelaxLMError]) -> str:
     return decode_text(read_bytes(path, error), path, error)
 
 
+def parse_json(content: bytes, where: str | Path, error: type[RelaxLMError]) -> Any:
+    """What the JSON in a file's content says.
+
+    Raises:
+        error: not UTF-8, or not JSON.
+    """
+    text = decode_text(content, where, error)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as reason:
+        raise error(
+            f"{where}: not valid JSON: {reason.msg} at line {reason.lineno}, column "
+            f"{reason.colno}. Is the file complete?"
+        ) from reason
+    except RecursionError as reason:
+        raise error(f"{where}: the JSON is nested too deeply to be read") from reason
+
+
 def parse_json_object(
     content: bytes, where: str | Path, error: type[RelaxLMError]
 ) -> dict[str, Any]:
@@ -62,19 +80,15 @@ def parse_json_object(
     Raises:
         error: not UTF-8, not JSON, or JSON that is not an object.
     """
-    text = decode_text(content, where, error)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as reason:
-        raise error(
-            f"{where}: not valid JSON: {reason.msg} at line {reason.lineno}, column "
-            f"{reason.colno}. Is the file complete?"
-        ) from reason
-    except RecursionError as reason:
-        raise error(f"{where}: the JSON is nested too deeply to be read") from reason
+    value = parse_json(content, where, error)
     if not isinstance(value, dict):
         raise error(f"{where}: expected a JSON object, found {_kind(value)}")
     return value
+
+
+def read_json(path: Path, error: type[RelaxLMError]) -> Any:
+    """What a JSON file says. Raises as read_bytes and parse_json do."""
+    return parse_json(read_bytes(path, error), path, error)
 
 
 def read_json_object(path: Path, error: type[RelaxLMError]) -> dict[str, Any]:

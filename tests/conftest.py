@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tests.tiny_embedder import TinyEmbedder
     from tests.tiny_model import TinyModel
 
 
@@ -26,3 +27,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     from tests.tiny_model import TinyModel
 
     return TinyModel.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> TinyEmbedder:
+    """A tiny random BERT as a sentence-transformers folder, converted and compiled."""
+    from tests.tiny_embedder import TinyEmbedder
+
+    return TinyEmbedder.make(tmp_path_factory.mktemp("encoder"), "bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> TinyEmbedder:
+    """The same of a Qwen3 without head."""
+    from tests.tiny_embedder import TinyEmbedder
+
+    return TinyEmbedder.make(tmp_path_factory.mktemp("embedder"), "qwen3")

@@ -26,10 +26,16 @@ def build(
     from relaxlm.cli.compile import compile
     from relaxlm.cli.convert_weight import convert_weight
     from relaxlm.cli.gen_config import gen_config
+    from relaxlm.compiler.sentence_transformers import read as read_sentence_transformer
     from relaxlm.compiler.target import resolve_device
+    from relaxlm.models import load_config
+    from relaxlm.quantization.convert import open_float_checkpoint
 
     # What can be wrong with the options shows before the long work.
     target = resolve_device(device, arch)
+    open_float_checkpoint(source)
+    config = load_config(source)
+    read_sentence_transformer(source if source.is_dir() else source.parent)
     name = (source if source.is_dir() else source.parent).resolve().name
     folder = output or Path("dist") / f"{name}-{quantization}"
     library = folder / f"{name}-{quantization}-{target.kind}{target.suffix}"
@@ -41,5 +47,7 @@ def build(
     compile(folder, library, target.kind, None, arch, overrides)
     if target.suffix == ".wasm":
         typer.echo("It runs in browsers and in Node.js: docs/web.md")
+    elif config.model_task == "embedding":
+        typer.echo(f"Embed texts: relaxlm embed {folder} --model-lib {library} --text ...")
     else:
         typer.echo(f"Chat with it: relaxlm chat {folder} --model-lib {library}")

@@ -1,12 +1,9 @@
 """`relaxlm chat`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from relaxlm.runtime.chat_module import ChatModule
 
 
 def chat(
@@ -107,6 +104,7 @@ def chat(
 
     from relaxlm.cli import replies
     from relaxlm.cli.conversation import Conversation
+    from relaxlm.cli.loading import load_module, refuse_embedding_model
     from relaxlm.runtime.generation import GenerationConfig
 
     settings = GenerationConfig(
@@ -123,7 +121,9 @@ def chat(
     )
     replies.use_utf8()
     lines = None if prompts is None else replies.read_prompts(prompts)
-    module = _load(folder, model_lib, device, overrides, conv_template, threads, opt)
+    refuse_embedding_model(folder)
+    module = load_module(folder, model_lib, device, overrides, conv_template, threads, opt)
+    module.model.refuse_embedding_model()
     if lines is not None:
         failed = replies.answer_each(module, lines, settings, system, jsonl)
         if failed:
@@ -132,40 +132,3 @@ def chat(
         replies.answer_one(module, replies.cleaned(prompt), settings, system, jsonl)
     else:
         Conversation(module, settings, system).run()
-
-
-def _load(
-    folder: Path,
-    model_lib: Path | None,
-    device: str,
-    overrides: str | None,
-    conv_template: str | None,
-    threads: int | None,
-    opt: str | None,
-) -> "ChatModule":
-    """Load the model, with a progress bar while it is compiled, and report its memory."""
-    from relaxlm.cli.report import compile_progress, memory_lines
-    from relaxlm.compiler.options import parse_overrides
-    from relaxlm.runtime.chat_module import ChatConfig, ChatModule
-
-    limits = parse_overrides(overrides)
-    config = ChatConfig(**limits, conv_template=conv_template)
-    with compile_progress(f"load {folder.name}") as bar:
-
-        def progress(stage: str, share: float) -> None:
-            if share == 0:
-                typer.echo("compiling the library; it is kept for the next time", err=True)
-            bar(stage, share)
-
-        module = ChatModule(
-            folder, device, config, model_lib, progress=progress, threads=threads, opt=opt
-        )
-    info = module.library.metadata
-    typer.echo(
-        f"{folder}: {info.model_type}, {info.quantization}, {info.target.kind}; "
-        f"loaded in {module.load_seconds:.1f} s\nmemory:",
-        err=True,
-    )
-    for line in memory_lines(info, module.context_window_size):
-        typer.echo(line, err=True)
-    return module

@@ -1,7 +1,7 @@
 """`relaxlm convert_weight`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,14 @@ def convert_weight(
     quantization: Annotated[
         str, typer.Option("--quantization", help="How to store the weights, such as q4f16_1.")
     ],
+    model_task: Annotated[
+        Literal["chat", "embedding"] | None,
+        typer.Option(
+            "--model-task",
+            help="embedding: for vectors of texts; the output head is left out. Default: embedding "
+            "where the folder has sentence-transformers' files or the model is an encoder.",
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option("--report", help="File to write the error of every parameter to, as JSON."),
@@ -37,7 +45,7 @@ def convert_weight(
 
     scheme = get_scheme(quantization)
     open_float_checkpoint(source)  # so that a folder of GGUF or GPTQ files is called that first
-    config = load_config(source)
+    config = load_config(source, model_task)
     plan = plan_conversion(source, scheme, output, parameter_specs(config), ignored_sources(config))
     free = plan.check_disk_space()
     console = Console(highlight=False, soft_wrap=True)

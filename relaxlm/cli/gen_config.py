@@ -1,7 +1,7 @@
 """`relaxlm gen_config`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -66,6 +66,31 @@ def gen_config(
         int | None,
         typer.Option("--tensor-parallel-shards", help="Devices to split the model over: 1."),
     ] = None,
+    model_task: Annotated[
+        Literal["chat", "embedding"] | None,
+        typer.Option(
+            "--model-task",
+            help="embedding: for vectors of texts. Default: embedding where the folder has "
+            "sentence-transformers' files or the model is an encoder.",
+        ),
+    ] = None,
+    pooling: Annotated[
+        Literal["cls", "mean", "last", "max"] | None,
+        typer.Option(
+            "--pooling",
+            help="What an embedding model's vector is made of: the state of the first token, the "
+            "mean of all, that of the last one, or the largest numbers. Default: what the folder "
+            "says, or else cls for an encoder and last for a decoder.",
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Whether an embedding model's vectors have length 1. Default: what the folder "
+            "says, or else they have.",
+        ),
+    ] = None,
 ) -> None:
     """Write the chat configuration and the tokenizer files of a converted model."""
     from relaxlm.compiler.gen_config import generate_config
@@ -81,6 +106,9 @@ def gen_config(
         prefill_chunk_size=prefill_chunk_size,
         max_batch_size=max_batch_size,
         tensor_parallel_shards=tensor_parallel_shards,
+        model_task=model_task,
+        pooling=pooling,
+        normalize=normalize,
         note=lambda text: typer.echo(f"note: {text}"),
     )
     typer.echo(f"wrote {path}")

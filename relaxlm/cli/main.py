@@ -24,7 +24,7 @@ from relaxlm.errors import RelaxLMError
 
 # In the order of `relaxlm --help`; relaxlm/cli/NAME.py has the function NAME.
 COMMANDS = (
-    *("convert_weight", "gen_config", "compile", "chat", "serve", "verify"),
+    *("convert_weight", "gen_config", "compile", "chat", "embed", "serve", "verify"),
     *(
         "bench",
         "bench_serve",

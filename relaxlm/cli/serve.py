@@ -336,10 +336,14 @@ def _say_where(engine: "EngineLoop", settings: "ServerSettings", port: int) -> N
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
     url = f"http://[{host}]:{port}" if ":" in host.strip("[]") else f"http://{host}:{port}"
     key = ' -H "Authorization: Bearer $RELAXLM_API_KEY"' if settings.api_keys else ""
+    if engine.model.embeds_only:
+        page, path, body = "", "embeddings", '{"input": "Hello"}'
+    else:
+        page, path = f"page: {url}/\n", "chat/completions"
+        body = '{"messages": [{"role": "user", "content": "Hello"}]}'
     typer.echo(
-        f"page: {url}/\n"
+        f"{page}"
         f"API:  {url}/v1, model {settings.model_name or engine.model.name}\n"
-        f"try:  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
-        '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
+        f"try:  curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{body}'",
         err=True,
     )

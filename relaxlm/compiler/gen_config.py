@@ -1,17 +1,20 @@
 """Writes mlc-chat-config.json and the tokenizer files of a model folder."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from relaxlm.compiler import sentence_transformers
 from relaxlm.compiler.closest_template import PROBES, closest_template
+from relaxlm.compiler.sentence_transformers import SentenceTransformer
 from relaxlm.compiler.tokenizer_files import COPIED, collect_tokenizer_files
 from relaxlm.errors import ConfigError, UnsupportedError
 from relaxlm.files import read_json_object, write_atomically
 from relaxlm.models import load_config, raw_config
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.schemes import get_scheme
-from relaxlm.runtime.chat_config import FILE_NAME, ChatConfigFile
+from relaxlm.runtime.chat_config import FILE_NAME, ChatConfigFile, EmbeddingSection, Pooling
 from relaxlm.runtime.conv_template_table import get_conv_template
 from relaxlm.runtime.conv_templates import ConvTemplate
 from relaxlm.runtime.template import ChatTemplate, load_chat_templates, select_template
@@ -24,8 +27,8 @@ DEFAULT_BATCH = 128
 _NOT_ARCHITECTURE = frozenset(
     """
     _attn_implementation_autoset _name_or_path architectures auto_map bos_token_id dtype
-    eos_token_id model_type pad_token_id quantization_config torch_dtype transformers_version
-    unsloth_version use_cache
+    eos_token_id model_task model_type pad_token_id quantization_config torch_dtype
+    transformers_version unsloth_version use_cache
     """.split()
 )
 
@@ -42,6 +45,9 @@ def generate_config(
     prefill_chunk_size: int | None = None,
     max_batch_size: int | None = None,
     tensor_parallel_shards: int | None = None,
+    model_task: Literal["chat", "embedding"] | None = None,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write mlc-chat-config.json and the tokenizer files into `output`, which is made if need be.
@@ -54,6 +60,8 @@ def generate_config(
         conv_template: a named conversation template to use in place of the model's own chat
             template.
         context_window_size ..: in tokens; None for the model's own values.
+        model_task: what the model is for; None for what the folder says.
+        pooling, normalize: how an embedding model makes vectors; None for what the folder says.
         note: is told, in sentences, what a user may want to know of the result.
 
     Returns:
@@ -68,11 +76,20 @@ def generate_config(
     folder = source.parent if source.suffix == ".json" else source
     get_scheme(quantization)
     named = None if conv_template is None else get_conv_template(conv_template)
-    raw, where = raw_config(folder / "config.json")
-    config = load_config(folder / "config.json")
+    raw, where = raw_config(folder / "config.json", model_task)
+    config = load_config(folder / "config.json", model_task)
+    vectors = None
+    if config.model_task == "embedding":
+        vectors = _vectors(folder, config, pooling, normalize, note)
+    elif pooling is not None or normalize is not None:
+        raise ConfigError(
+            "pooling and normalize are for embedding models, and nothing says that this is one: "
+            "set model_task to embedding, or leave them out"
+        )
     sizes = _sizes(
         config,
         where,
+        longest=None if vectors is None else vectors.longest,
         context_window_size=context_window_size,
         sliding_window_size=sliding_window_size,
         attention_sink_size=attention_sink_size,
@@ -92,13 +109,16 @@ def generate_config(
 
     defaults = _Defaults(folder, raw)
     eos = defaults.token_ids("eos_token_id") or _known(tokenizer.eos_id)
-    if not eos:
+    if not eos and vectors is None:
         note("neither the configuration nor the tokenizer names an end-of-text token; 2 is assumed")
     section: dict[str, Any] = {
         "top_k": defaults.integer("top_k"),
         "min_p": defaults.number("min_p"),
     }
-    if named is not None:
+    if vectors is not None:
+        conversation = (named or get_conv_template("LM")).resolve(tokenizer)
+        section["embedding"] = vectors.section.model_dump(exclude_defaults=True)
+    elif named is not None:
         conversation = named.resolve(tokenizer)
     else:
         templates = load_chat_templates(folder)
@@ -125,12 +145,43 @@ def generate_config(
         **defaults.sampling(),
         **defaults.single_token_ids(tokenizer),
     }
+    if vectors is not None:
+        content["model_task"] = "embedding"
+        content["embedding_metadata"] = {
+            "model_type": "encoder" if config.is_encoder else "decoder",
+            "pooling_strategy": vectors.pooling,
+            "normalize": vectors.normalize,
+        }
     chat_config = ChatConfigFile.parse(content, str(output / FILE_NAME))
 
     output.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_atomically(output / name, data)
     return chat_config.save(output)
+
+
+def _vectors(
+    folder: Path,
+    config: DecoderConfig,
+    pooling: Pooling | None,
+    normalize: bool | None,
+    note: Callable[[str], None],
+) -> SentenceTransformer:
+    """How vectors are made: as asked for, or as the folder says, or as MLC's tools would."""
+    found = sentence_transformers.read(folder)
+    if found is None:
+        assumed: Pooling = "cls" if config.is_encoder else "last"
+        if pooling is None:
+            note(
+                f"{folder} has no files of sentence-transformers, which say how vectors are made: "
+                f"{assumed} pooling is assumed; --pooling chooses another"
+            )
+        found = SentenceTransformer(assumed, True, None, EmbeddingSection())
+    return replace(
+        found,
+        pooling=pooling or found.pooling,
+        normalize=found.normalize if normalize is None else normalize,
+    )
 
 
 # Sizes
@@ -140,6 +191,7 @@ def _sizes(
     config: DecoderConfig,
     where: str,
     *,
+    longest: int | None,
     context_window_size: int | None,
     sliding_window_size: int | None,
     attention_sink_size: int | None,
@@ -160,23 +212,35 @@ def _sizes(
     }.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} = {value}: expected a number of at least 1")
-    trained = config.max_position_embeddings
-    context = context_window_size or trained
-    if context > trained:
+    trained = config.longest_text
+    context = context_window_size or min(trained, longest or trained)
+    if config.is_encoder:
+        config.for_context(context)
+    elif context > trained:
         note(
             f"context_window_size = {context} is more than the {trained} positions that the model "
             f"was trained for (max_position_embeddings in {where}); answers may be poor beyond them"
         )
-    if prefill_chunk_size is not None and prefill_chunk_size > context:
+    chunk = prefill_chunk_size or min(context, DEFAULT_PREFILL_CHUNK)
+    if config.is_encoder:
+        # A text fits into a step, and several short ones do.
+        chunk = prefill_chunk_size or max(context, DEFAULT_PREFILL_CHUNK)
+        if chunk < context:
+            raise ConfigError(
+                f"prefill_chunk_size = {chunk}: an encoder reads a text in one step, expected at "
+                f"least context_window_size = {context}"
+            )
+    elif chunk > context:
         raise ConfigError(
             f"prefill_chunk_size = {prefill_chunk_size}: expected at most "
             f"context_window_size = {context}"
         )
     window, sinks = _window(config, sliding_window_size, attention_sink_size)
+    config.with_window(max(window, 0), max(sinks, 0))
     return {
         "context_window_size": context,
         "sliding_window_size": window,
-        "prefill_chunk_size": prefill_chunk_size or min(context, DEFAULT_PREFILL_CHUNK),
+        "prefill_chunk_size": chunk,
         "attention_sink_size": sinks,
         "tensor_parallel_shards": 1,
         "pipeline_parallel_stages": 1,

@@ -76,6 +76,11 @@ class EngineLoop:
                 f"{model.library.path} was compiled without batch_invariant=1: compile it again "
                 'with --opt "batch_invariant=1", or leave the setting out'
             )
+        if self.config.speculative != "off" and model.embeds_only:
+            raise ConfigError(
+                f"speculative decoding is for replies, and {model.name} is an embedding model: "
+                "leave it out"
+            )
         if self.config.speculative != "off" and info.limits.sliding_window_size:
             raise ConfigError(
                 "speculative decoding takes back tokens, which a sliding window may have dropped: "

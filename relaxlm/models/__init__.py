@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from relaxlm.errors import ConfigError, UnsupportedError
 from relaxlm.files import read_json_object
+from relaxlm.models.task import is_for_embeddings
 
 if TYPE_CHECKING:
     from relaxlm.models.base import CausalLM
@@ -79,23 +80,32 @@ MISSING_FEATURES = {
 }
 
 
-def load_config(source: Path | str | Mapping[str, Any]) -> "DecoderConfig":
+def load_config(
+    source: Path | str | Mapping[str, Any], model_task: str | None = None
+) -> "DecoderConfig":
     """Read and check a model's configuration.
 
     Args:
         source: a folder with config.json, the path of config.json or mlc-chat-config.json, or the
             contents of either.
+        model_task: "chat" or "embedding"; what the folder says it is for if None.
 
     Raises:
         UnsupportedError: an architecture or a value that relaxlm does not implement.
         ConfigError: a file that is missing, malformed or incomplete.
     """
-    raw, where = raw_config(source)
+    raw, where = raw_config(source, model_task)
     return _module(raw, where).Config.read(raw, where)
 
 
-def raw_config(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The fields of config.json as written, and the name of the file for messages."""
+def raw_config(
+    source: Path | str | Mapping[str, Any], model_task: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """The fields of config.json as written, and the name of the file for messages.
+
+    A decoder for embeddings has the field `model_task`, too, which is no field of config.json:
+    sentence-transformers' files beside it say so, or mlc-chat-config.json does.
+    """
     if isinstance(source, Mapping):
         raw, where = dict(source), "config.json"
     else:
@@ -108,10 +118,16 @@ def raw_config(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Any], 
                 f"{path}: no such file, expected a model folder with config.json in it"
             )
         raw, where = read_json_object(path, ConfigError), str(path)
+        if is_for_embeddings(path.parent):
+            raw.setdefault("model_task", "embedding")
     if "model_config" in raw:
         if not isinstance(raw["model_config"], dict):
             raise ConfigError(f"{where}: model_config is not a JSON object")
-        raw = _without_mlc_spelling({"model_type": raw.get("model_type"), **raw["model_config"]})
+        outer = {key: raw.get(key) for key in ("model_type", "model_task")}
+        raw = _without_mlc_spelling({**outer, **raw["model_config"]})
+    found = raw.pop("model_task", None)
+    if (model_task or found) == "embedding":
+        raw["model_task"] = "embedding"
     return raw, where
 
 

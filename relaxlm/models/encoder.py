@@ -37,7 +37,11 @@ class EncoderConfig(DecoderConfig):
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> "DecoderConfig":
         # Older folders name no task, and there is no other.
-        return super().read({**raw, "model_task": "embedding"}, where)
+        raw = {**raw, "model_task": "embedding"}
+        if (raw.get("context_window_size") or 0) > 0:
+            # Folders published for MLC have the length of the table only here.
+            raw.setdefault("max_position_embeddings", raw["context_window_size"])
+        return super().read(raw, where)
 
     def for_context(self, context: int) -> "EncoderConfig":
         if context > self.longest_text:

@@ -36,6 +36,7 @@ async def chat(
         RelaxLMError: whatever is wrong with the request.
     """
     context.check_model(request.model)
+    context.check_writes()
     plan = await context.in_thread(plan_chat, context, request)
     reply = _Reply(ChatRun(context, plan), request)
     if request.stream:

@@ -235,6 +235,7 @@ async def complete(
         RelaxLMError: whatever is wrong with the request.
     """
     context.check_model(request.model)
+    context.check_writes()
     prompts = await context.in_thread(read_prompts, context, request.prompt)
     run = CompletionRun(context, request, prompts)
     if request.stream:

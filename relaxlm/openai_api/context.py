@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from relaxlm.engine.replies import ReplyFormat, reply_format
 from relaxlm.engine.types import Update
-from relaxlm.errors import BusyError
+from relaxlm.errors import BusyError, RequestError
 from relaxlm.openai_api.errors import ApiError
 from relaxlm.versions import RELAXLM_VERSION
 
@@ -82,6 +82,16 @@ class ServiceContext:
                 param="model",
                 code="model_not_found",
             )
+
+    def check_writes(self) -> None:
+        """
+        Raises:
+            ApiError: the model makes vectors of texts and writes no replies.
+        """
+        try:
+            self.model.refuse_embedding_model()
+        except RequestError as error:
+            raise ApiError(str(error), param="model", code="model_not_supported") from None
 
     def reads(self, name: str) -> bool:
         """Whether the model's chat templates speak of a variable, key or role of this name."""

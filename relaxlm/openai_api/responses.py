@@ -39,6 +39,7 @@ async def respond(
         RelaxLMError: whatever is wrong with the request.
     """
     context.check_model(request.model)
+    context.check_writes()
     plan = await context.in_thread(plan_chat, context, as_chat(request))
     reply = _Reply(ChatRun(context, plan), request)
     if request.stream:

@@ -33,6 +33,8 @@ def _encode(context: ServiceContext, request: TokenizeRequest) -> list[int]:
     assert request.prompt is not None
     if request.add_special_tokens is False:
         return context.model.tokenizer.encode(request.prompt, add_special_tokens=False)
+    if context.model.embeds_only:  # as /v1/embeddings reads a text
+        return context.model.tokenizer.encode(request.prompt)
     return context.model.prompts.encode_text(request.prompt)
 
 

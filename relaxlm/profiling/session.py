@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from relaxlm.errors import ContextOverflowError
+from relaxlm.errors import ConfigError, ContextOverflowError
 from relaxlm.runtime.cache_size import CacheSize, pages_for
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.executor import Executor
@@ -63,6 +63,11 @@ class Session:
             library = Library.load(model_lib)
             check_fits_model(library, folder, config)
         info = library.metadata
+        if info.model_task == "embedding":
+            raise ConfigError(
+                f"{library.path} is a library for embeddings: bench and profile measure prompts "
+                "and replies, of which it computes no logits"
+            )
         longest, most = max(tokens for _, tokens in room), info.limits.context_window_size
         if longest > most and not info.limits.sliding_window_size:
             raise ContextOverflowError(

@@ -77,6 +77,7 @@ class EmbeddingSection(BaseModel):
 
     `prompts`: what is put in front of texts, by what they are for ("query"); the one named
     `default_prompt_name` wherever nothing else is asked for. `lowercase`: whether texts are.
+    `strip`: whether spaces at both ends of a text, its prompt included, are left out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,6 +85,7 @@ class EmbeddingSection(BaseModel):
     prompts: dict[str, str] = Field(default_factory=dict)
     default_prompt_name: str | None = None
     lowercase: bool = False
+    strip: bool = False
 
 
 class RelaxLMSection(BaseModel):

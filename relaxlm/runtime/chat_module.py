@@ -194,18 +194,18 @@ class ChatModule:
         if not verbose:
             return text
         memory, info = self.executor.memory(), self.library.metadata
-        cache = []
+        parts = [f"{format_bytes(memory.params)} parameters"]
         if info.kv_cache.tensors:
-            cache += [f"up to {format_bytes(memory.kv_cache)} KV cache ({info.kv_cache.dtype})"]
+            parts += [f"up to {format_bytes(memory.kv_cache)} KV cache ({info.kv_cache.dtype})"]
         if info.state.tensors:
-            cache += [f"up to {format_bytes(memory.states)} recurrent states"]
+            parts += [f"up to {format_bytes(memory.states)} recurrent states"]
+        parts += [f"up to {format_bytes(memory.temporary)} temporary"]
         return "\n".join(
             [
                 text,
                 f"prompt: {t.prompt_tokens} tokens, {t.reused_tokens} of them from the cache; "
                 f"reply: {t.decode_tokens} tokens",
-                f"memory: {format_bytes(memory.params)} parameters, {', '.join(cache)}, up to "
-                f"{format_bytes(memory.temporary)} temporary",
+                f"memory: {', '.join(parts)}",
                 f"loaded in {self.load_seconds:.1f} s",
             ]
         )

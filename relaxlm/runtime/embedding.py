@@ -145,6 +145,8 @@ class TextReader:
         if not text:
             return []
         text = prompt + text
+        if self.settings.strip:
+            text = text.strip()
         if self.settings.lowercase:
             text = text.lower()
         return self.tokenizer.encode(text, longest=self.longest if truncate else None)

@@ -112,6 +112,8 @@ def check_fits_model(library: Library, folder: Path, config: ChatConfigFile) -> 
         "model_type": (info.model_type, config.model_type),
         "quantization": (info.quantization, config.quantization),
     }
+    if not info.is_encoder:  # of which older folders name no task
+        pairs["model_task"] = (info.model_task, config.model_task)
     compiled, ours = info.model_config_json, config.architecture
     for name in _NOT_IN_SHAPES:
         if name in compiled and name in ours:

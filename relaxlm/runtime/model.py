@@ -108,10 +108,7 @@ class ServedModel:
             RequestError: the model cannot write a reply.
         """
         if self.embeds_only:
-            raise RequestError(
-                f"{self.name} is an embedding model: it makes vectors of texts and writes no "
-                "replies. Use embed_text, `relaxlm embed` or /v1/embeddings"
-            )
+            raise no_replies(self.name)
 
     @property
     def vocab_size(self) -> int:
@@ -141,6 +138,14 @@ class ServedModel:
             "min_p": file.relaxlm.min_p,
         }
         return given.merged({**defaults, **self.chat_config.sampling()})
+
+
+def no_replies(name: str) -> RequestError:
+    """Why a model does not chat."""
+    return RequestError(
+        f"{name} is an embedding model: it makes vectors of texts and writes no replies. Use "
+        "`relaxlm embed`, ChatModule.embed_text or /v1/embeddings"
+    )
 
 
 def either_name(

@@ -176,5 +176,7 @@ def scripted_model(template: str | dict | None, folder: Path) -> SimpleNamespace
         embedding=config.embedding(is_encoder=False),
         vocab_size=tiny_model.TOKENS,
         continues_text=False,
+        embeds_only=False,
+        refuse_embedding_model=lambda: None,
         settings=lambda given: given.merged(GenerationConfig(temperature=0.75)),
     )
