@@ -8,7 +8,7 @@ one cache format.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from tvm import relax, te, tirx
@@ -207,18 +207,20 @@ class CausalLM(Architecture):
     Args:
         blocks: one per layer, each called as `block(x, step, index)`.
         norm: makes the norm behind the last layer.
+        head_bias: whether lm_head has a bias.
     """
 
-    # Whether lm_head has a bias.
-    head_bias: ClassVar[bool] = False
-
     def __init__(
-        self, config: DecoderConfig, blocks: Sequence[nn.Module], norm: Norm = RMSNorm
+        self,
+        config: DecoderConfig,
+        blocks: Sequence[nn.Module],
+        norm: Norm = RMSNorm,
+        head_bias: bool = False,
     ) -> None:
         self.config = config
         self.model = Decoder(config, blocks, norm)
         if not config.tie_word_embeddings:
-            self.lm_head = Float32Linear(config.hidden_size, config.vocab_size, self.head_bias)
+            self.lm_head = Float32Linear(config.hidden_size, config.vocab_size, head_bias)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, cache: CacheHandle, logit_positions: Tensor

@@ -20,7 +20,7 @@ _EPSILON = 1e-20
 class BiasedConfig(MoEConfig):
     """Of `n_group` groups of experts, a token's may be in the `topk_group` best only."""
 
-    scoring_func: Literal["sigmoid"]
+    scoring_func: Literal["sigmoid", "softmax"]
     topk_method: Literal["noaux_tc"]
     norm_topk_prob: bool
     routed_scaling_factor: PositiveFloat
@@ -54,7 +54,8 @@ class BiasedMLP(SharedMLP):
         self.e_score_correction_bias = Float32Parameter((config.num_experts,))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        config, scores = self.config, op.sigmoid(self.gate(x))
+        config, logits = self.config, self.gate(x)
+        scores = op.sigmoid(logits) if config.scoring_func == "sigmoid" else op.softmax(logits)
         ranked = scores + self.e_score_correction_bias
         if config.topk_group < config.n_group:
             ranked = limit_to_groups(

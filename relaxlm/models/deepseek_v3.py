@@ -51,6 +51,7 @@ class Config(LatentConfig, BiasedConfig):
     mlp_bias: ClassVar[bool] = False
 
     model_type: Literal["deepseek_v3", "kimi_k2"]
+    scoring_func: Literal["sigmoid"]
     rope_interleave: Literal[True]
     first_k_dense_replace: NonNegativeInt
     moe_intermediate_size: PositiveInt

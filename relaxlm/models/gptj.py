@@ -41,7 +41,6 @@ class Config(DecoderConfig):
 
 
 class Model(CausalLM):
-    head_bias: ClassVar[bool] = True
     fused: ClassVar[dict[str, tuple[str, ...]]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
     checkpoint_names: ClassVar[Mapping[str, str]] = {
         "model": "transformer",
@@ -63,4 +62,4 @@ class Model(CausalLM):
             ParallelBlock(config, Attention(config), MLP(config), LayerNorm)
             for _ in range(config.num_hidden_layers)
         ]
-        super().__init__(config, blocks, LayerNorm)
+        super().__init__(config, blocks, LayerNorm, head_bias=True)

@@ -194,6 +194,22 @@ class Attention(nn.Module):
         return self.o_proj(merge_heads(out))
 
 
+class JointNormAttention(Attention):
+    """With one norm over all query heads, and one over all key heads."""
+
+    def __init__(
+        self, config: DecoderConfig, qkv_bias: bool = False, out_bias: bool = False
+    ) -> None:
+        super().__init__(config, qkv_bias, out_bias)
+        self.q_norm = RMSNorm(config.num_attention_heads * config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.num_key_value_heads * config.head_dim, config.norm_eps)
+
+    def project(self, x: Tensor, step) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.qkv_proj(x), self.config)
+        normed_q, normed_k = self.q_norm(merge_heads(q)), self.k_norm(merge_heads(k))
+        return op.reshape(normed_q, q.shape), op.reshape(normed_k, k.shape), v
+
+
 class SplitProjections(nn.Module):
     """Attention's matrices, one each for queries, keys and values, as some published folders have
     them."""

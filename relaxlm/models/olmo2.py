@@ -4,12 +4,11 @@ over all query or key heads together."""
 from typing import ClassVar, Literal
 
 from tvm.relax.frontend import nn
-from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn import Tensor
 
-from relaxlm.models import layers
 from relaxlm.models.base import CausalLM, Step
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import GatedMLP, RMSNorm, merge_heads, split_heads
+from relaxlm.models.layers import GatedMLP, JointNormAttention, RMSNorm
 
 
 class Config(DecoderConfig):
@@ -25,23 +24,12 @@ class Config(DecoderConfig):
     attention_bias: bool
 
 
-class Attention(layers.Attention):
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, config.attention_bias, config.attention_bias)
-        self.q_norm = RMSNorm(config.num_attention_heads * config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.num_key_value_heads * config.head_dim, config.norm_eps)
-
-    def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv_proj(x), self.config)
-        normed_q, normed_k = self.q_norm(merge_heads(q)), self.k_norm(merge_heads(k))
-        return op.reshape(normed_q, q.shape), op.reshape(normed_k, k.shape), v
-
-
 class Block(nn.Module):
     """What attention and MLP add to the residual stream goes through a norm."""
 
     def __init__(self, config: Config) -> None:
-        self.self_attn = Attention(config)
+        bias = config.attention_bias
+        self.self_attn = JointNormAttention(config, bias, bias)
         self.mlp = GatedMLP(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)

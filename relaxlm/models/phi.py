@@ -46,7 +46,6 @@ class Model(CausalLM):
         "up_proj": "fc1",
         "down_proj": "fc2",
     }
-    head_bias: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         def block() -> ParallelBlock:
@@ -54,4 +53,5 @@ class Model(CausalLM):
             attention = Attention(config, qkv_bias=True, out_bias=True, head_norm=head_norm)
             return ParallelBlock(config, attention, MLP(config), LayerNorm)
 
-        super().__init__(config, [block() for _ in range(config.num_hidden_layers)], LayerNorm)
+        blocks = [block() for _ in range(config.num_hidden_layers)]
+        super().__init__(config, blocks, LayerNorm, head_bias=True)

@@ -192,6 +192,9 @@ class LongRope(_Rope):
     original_max_position_embeddings: PositiveInt
     max_position_embeddings: PositiveInt
     given_attention_factor: float | None = Field(default=None, alias="attention_factor")
+    # Factors of attention for short and for long texts (Phi-3.5-MoE), in place of that.
+    short_mscale: PositiveFloat | None = None
+    long_mscale: PositiveFloat | None = None
     context: int = 0
 
     @model_validator(mode="after")
@@ -201,10 +204,18 @@ class LongRope(_Rope):
                 f"{len(self.short_factor)} short and {len(self.long_factor)} long factors: "
                 "expected as many of both"
             )
+        if (self.short_mscale is None) != (self.long_mscale is None):
+            raise ValueError("expected both of short_mscale and long_mscale, or none")
         return self
 
     @property
+    def is_long(self) -> bool:
+        return self.context > self.original_max_position_embeddings
+
+    @property
     def attention_factor(self) -> float:
+        if self.short_mscale is not None and self.long_mscale is not None:
+            return self.long_mscale if self.is_long else self.short_mscale
         if self.given_attention_factor is not None:
             return self.given_attention_factor
         original = self.original_max_position_embeddings
@@ -215,8 +226,7 @@ class LongRope(_Rope):
         return self.model_copy(update={"context": context})
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        is_long = self.context > self.original_max_position_embeddings
-        factors = np.array(self.long_factor if is_long else self.short_factor, np.float32)
+        factors = np.array(self.long_factor if self.is_long else self.short_factor, np.float32)
         wavelengths = self._wavelengths(self.rotary_dim(head_dim))
         if len(factors) != len(wavelengths):
             raise ValueError(f"{len(factors)} factors of longrope for {len(wavelengths)} pairs")

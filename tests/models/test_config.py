@@ -18,12 +18,14 @@ from tests.shared_data import SHARED, needs_shared_data
 
 # With these, every family's own number of key-value heads fits.
 SIZES = {"hidden_size": 2048, "num_attention_heads": 128}
+# Fields that transformers leaves open, too.
+OPEN = {"dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}}
 
 
 @pytest.mark.parametrize("model_type", sorted(set(models.MODELS) & set(CONFIG_MAPPING_NAMES)))
 def test_absent_fields_read_as_transformers_fills_them_in(model_type: str) -> None:
     """Every default of ours is the one transformers' configuration class has."""
-    raw = tiny_config(model_type, **SIZES)
+    raw = tiny_config(model_type, **SIZES, **OPEN.get(model_type, {}))
     module = import_module(f"relaxlm.models.{models.MODELS[model_type]}")
     absent = module.Config.absent
     for field in {"rope_theta", "tie_word_embeddings", "num_key_value_heads", "head_dim", *absent}:
@@ -284,6 +286,8 @@ def test_real_configurations() -> None:
             kinds = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
         if kinds is None and raw["model_type"] == "llama4":  # every fourth reads everything
             kinds = ["full_attention" if i % 4 == 3 else "chunked_attention" for i in layers]
+        if kinds is None and raw["model_type"] == "phimoe":  # all, if there is a window
+            kinds = ["sliding_attention" for _ in layers]
         _check_layers(config, kinds or ["full_attention" for _ in layers])
         supported += 1
     assert supported >= 15
