@@ -12,6 +12,7 @@ from relaxlm.compiler.kernels import (
     cpu_encoder_attention,
     cpu_latent_attention,
     cuda_attention,
+    cuda_encoder_attention,
 )
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.add_peaks import AddPeaks
@@ -30,7 +31,6 @@ from relaxlm.compiler.passes.lower_paged_attention import (
 from relaxlm.compiler.passes.schedule_cpu import schedule_cpu
 from relaxlm.compiler.passes.share_tensors import ShareTensors
 from relaxlm.compiler.passes.take_rows_early import TakeRowsEarly
-from relaxlm.errors import UnsupportedError
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.weights import ParameterSpec
 from relaxlm.quantization.kv_cache import KVFormat
@@ -117,12 +117,9 @@ def _attention_pass(lowering: Lowering) -> tvm.transform.Pass:
     config, kind = lowering.config, lowering.kind
     if config.is_encoder:
         if kind != "cpu":
-            raise UnsupportedError(
-                f"model_type {config.model_type!r} is not supported on {kind}: there is no kernel "
-                "for an encoder's attention. Compile it for the CPU"
-            )
-        attend = partial(cpu_encoder_attention.attend_kernel, rounded=lowering.act_quant)
-        return LowerEncoderAttention(attend)
+            return LowerEncoderAttention(cuda_encoder_attention.attend_kernel)
+        rounded = lowering.act_quant
+        return LowerEncoderAttention(partial(cpu_encoder_attention.attend_kernel, rounded=rounded))
     if config.latent_cache is not None:
         return LowerLatentAttention(config, lowering.kv_format, kind)
     kernels = ATTENTION[kind]

@@ -72,12 +72,14 @@ MODELS = {
     "qwen3_5_text": "qwen3_5",
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
+    "roberta": "roberta",
     "rwkv5": "rwkv5",
     "rwkv6": "rwkv6",
     "rwkv7": "rwkv7",
     "smollm3": "smollm3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
+    "xlm-roberta": "roberta",
 }
 
 # Types that people will try, and what keeps them from being compiled.

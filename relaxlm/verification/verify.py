@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relaxlm import models
-from relaxlm.errors import ConfigError, LibraryError, RequestError
+from relaxlm.errors import ConfigError, LibraryError, RequestError, UnsupportedError
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.weights import ParameterSpec
 from relaxlm.quantization.convert import open_float_checkpoint
@@ -215,6 +215,11 @@ def prepare(
     check_packages()
     open_float_checkpoint(source)
     config = models.load_config(source)
+    if config.model_task == "embedding":
+        raise UnsupportedError(
+            f"{source} is an embedding model, and verify compares logits, of which it has none. "
+            "Compare the vectors of `relaxlm embed --opt act_quant=0` with sentence-transformers'"
+        )
     library, folder = _open(target, weights, model_lib, device, overrides, opt, progress)
     settings = _compare_configs(config, library, source)
     chosen: tuple[ReferenceKind, ...] = ("float", "dequantized")

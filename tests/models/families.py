@@ -39,7 +39,7 @@ EXACT, QUANTIZED = "q0f32", "q4f16_1"
 # What is published under a model_type, where the name does not say it.
 RUNS = {
     "baichuan": "Baichuan 1 and 2",
-    "bert": "BERT encoders for embeddings",
+    "bert": "BERT encoders for embeddings: bge, E5, GTE, MiniLM, Arctic Embed",
     "chatglm": "ChatGLM 2 and 3, GLM-4-9B-Chat",
     "cohere": "Command R, Command R+, Aya 23",
     "cohere2": "Command R7B, Command A",
@@ -89,12 +89,14 @@ RUNS = {
     "qwen3_5_text": "Qwen3.5 dense, text part",
     "qwen3_moe": "Qwen3-30B-A3B, 235B-A22B, Coder",
     "qwen3_next": "Qwen3-Next",
+    "roberta": "RoBERTa encoders for embeddings",
     "rwkv5": "RWKV 5",
     "rwkv6": "RWKV 6",
     "rwkv7": "RWKV 7",
     "smollm3": "SmolLM3",
     "stablelm": "StableLM 3B, StableLM Zephyr, StableLM 2",
     "starcoder2": "StarCoder 2",
+    "xlm-roberta": "multilingual E5, BGE-M3 (dense), Arctic Embed 2",
 }
 
 
@@ -242,7 +244,7 @@ def table(families: dict[str, Measured], failed: set[str], old: str, date: str) 
         failed: families that keep no row of `old`.
         old: the table that this one replaces.
     """
-    rows = {match[1]: match[0] for match in re.finditer(r"^\| `(\w+)` \|.*$", old, re.MULTILINE)}
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| `([\w-]+)` \|.*$", old, re.MULTILINE)}
     for model_type in failed:
         rows.pop(model_type, None)
     for model_type in MODELS:

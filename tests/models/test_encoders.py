@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from relaxlm import models
+from relaxlm.compiler.build import describe_model
 from relaxlm.compiler.options import CompileOptions
+from relaxlm.compiler.target import resolve_device
 from relaxlm.errors import ConfigError, UnsupportedError
 from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime.step_tables import text_tables
@@ -31,14 +33,17 @@ def bert(**change) -> dict:
 
 VARIANTS = {
     "bert": bert(),
-    # As in Chinese and in older checkpoints; heads of a size that is no multiple of a vector.
+    # As in older checkpoints; heads of a size that is no multiple of a vector.
+    "xlm-roberta": bert(model_type="xlm-roberta", type_vocab_size=1, pad_token_id=1),
+    "roberta": bert(model_type="roberta", pad_token_id=3),
     "bert-narrow-heads": bert(hidden_act="gelu_new", num_attention_heads=8, type_vocab_size=1),
 }
 
 
 def texts(*lengths: int) -> list[np.ndarray]:
     rng = np.random.default_rng(5)
-    return [rng.integers(3, VOCAB, length) for length in lengths]
+    # Without the ids that mean padding, which RoBERTa's positions pass over.
+    return [rng.integers(4, VOCAB, length) for length in lengths]
 
 
 def exact(raw: dict) -> tuple[Compiled, object]:
@@ -91,6 +96,15 @@ def test_a_quantized_encoder_computes_with_the_values_it_keeps() -> None:
     parity.check_quantized(bert(), "q4f16_1")
 
 
+def test_positions_behind_padding_are_what_a_text_may_have() -> None:
+    config = models.load_config(bert(model_type="xlm-roberta"))
+    assert config.longest_text == 160 - 2
+    with pytest.raises(ConfigError, match="has positions for 158 tokens"):
+        config.for_context(159)
+    sources = models.parameter_specs(config)[0].sources
+    assert sources[0].other_names == ("roberta.embeddings.word_embeddings.weight",)
+
+
 def test_small_tables_are_not_quantized() -> None:
     roles = {spec.name: spec.role for spec in models.parameter_specs(models.load_config(bert()))}
     assert roles["embeddings.word_embeddings.weight"] == "embedding"
@@ -128,3 +142,12 @@ def test_a_text_fits_into_a_step_and_there_is_no_cache(overrides: str, message: 
         config.for_context(161)
     with pytest.raises(ConfigError, match="an encoder reads a text at once"):
         config.with_window(32, 0)
+
+
+def test_an_encoder_is_planned_for_cuda_without_a_cache() -> None:
+    config, scheme = models.load_config(bert()), get_scheme("q4f16_1")
+    options = CompileOptions.resolve(config, scheme)
+    info = describe_model(config, bert(), scheme, resolve_device("cuda", "sm_90"), options)
+    assert info.is_encoder and info.kv_cache.tensors == [] and info.kv_cache.bytes_per_token == 0
+    # Of a step of 2048 tokens: the feed-forward network's inner states, at least.
+    assert info.step_bytes >= 2048 * 112 * 2
