@@ -18,6 +18,9 @@ from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
 # First bytes of what a shared library can be: ELF, Mach-O (64 bit, universal), Windows.
 _MAGIC = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"MZ")
 
+# Levels of `compiler/platforms.py` that most machines have.
+_PORTABLE = {"x86_64": "x86-64-v3", "aarch64": "armv8-a"}
+
 # Keys of config.json that change what a model computes and not the shapes of its weights.
 _NOT_IN_SHAPES = (
     "head_dim",
@@ -97,7 +100,7 @@ def check_runs_here(metadata: LibraryMetadata, path: Path | str) -> None:
     if missing:
         raise LibraryError(
             f"{path} needs CPU features that this machine lacks: {', '.join(missing)}; {again}, "
-            "or for many machines with --arch x86-64-v3"
+            f"or for many machines with --arch {_PORTABLE.get(target.cpu, 'native')}"
         )
 
 
