@@ -17,6 +17,7 @@ from relaxlm.compiler.kernels import (
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.add_peaks import AddPeaks
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
+from relaxlm.compiler.passes.legalize_cpu import legalize_cpu
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_encoder_attention import LowerEncoderAttention
 from relaxlm.compiler.passes.lower_expert_matmul import LowerExpertMatmul
@@ -97,7 +98,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
             else [LowerMatmulCUDA(lowering.shared_memory), relax.transform.FuseTransposeMatmul()]
         ),
         # The other operators: one loop nest per group.
-        relax.transform.LegalizeOps(),
+        legalize_cpu() if lowering.kind == "cpu" else relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
