@@ -11,6 +11,7 @@ from relaxlm.compiler.kernels import (
     cpu_attention,
     cpu_encoder_attention,
     cpu_latent_attention,
+    cuda_append,
     cuda_attention,
     cuda_encoder_attention,
 )
@@ -39,8 +40,12 @@ from relaxlm.quantization.schemes import Scheme
 from relaxlm.quantization.transform import QuantizeParameters
 
 ATTENTION = {
-    kind: AttentionKernels(kind, kernels.page_tensors, kernels.append_kernel, kernels.attend_kernel)
-    for kind, kernels in (("cpu", cpu_attention), ("cuda", cuda_attention))
+    "cpu": AttentionKernels(
+        "cpu", cpu_attention.page_tensors, cpu_attention.append_kernel, cpu_attention.attend_kernel
+    ),
+    "cuda": AttentionKernels(
+        "cuda", cuda_append.page_tensors, cuda_append.append_kernel, cuda_attention.attend_kernel
+    ),
 }
 
 
@@ -59,7 +64,7 @@ class Lowering:
     kind: str
     act_quant: bool = False
     batch_invariant: bool = False
-    shared_memory: int = 0
+    shared_memory: int = 64 << 10  # what any GPU has
 
     def page_tensors(self) -> tuple[PageTensor, ...]:
         """The cache tensors of each layer; an encoder has none."""
@@ -124,13 +129,10 @@ def _attention_pass(lowering: Lowering) -> tvm.transform.Pass:
     if config.latent_cache is not None:
         return LowerLatentAttention(config, lowering.kv_format, kind)
     kernels = ATTENTION[kind]
+    options: dict[str, int] = {"shared_limit": lowering.shared_memory}
     if kind == "cpu":
-        over_pages = partial(
-            cpu_attention.attend_kernel,
-            rounded=lowering.act_quant,
-            invariant=lowering.batch_invariant,
-        )
-        kernels = replace(kernels, attend=over_pages)
+        options = {"rounded": lowering.act_quant, "invariant": lowering.batch_invariant}
+    kernels = replace(kernels, attend=partial(kernels.attend, **options))
     return LowerPagedAttention(config, lowering.kv_format, kernels)
 
 

@@ -536,12 +536,28 @@ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, T) {
   }
 }
 
-inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
-
 inline void check_aligned(const void* address) {
   if (uintptr_t(address) % 16 && emu::failure.empty())
     emu::failure = emu::place(*emu::current) + " copies 16 bytes to or from an odd address";
 }
+inline void load_transposed(u32 (&r)[4], const void* row) {
+  check_aligned(row);
+  uint64_t address = uint64_t(row);
+  uint32_t mine[2] = {uint32_t(address), uint32_t(address >> 32)};
+  auto shown = emu::show(mine, 0);
+  int g = emu::lane() / 4, q = emu::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    r[i] = 0;
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t* theirs = shown(i * 8 + q * 2 + k);
+      uint64_t at = theirs[0] | uint64_t(theirs[1]) << 32;
+      r[i] |= uint32_t(reinterpret_cast<const uint16_t*>(at)[g]) << 16 * k;
+    }
+  }
+}
+
+inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+
 inline void copy_async(void* shared, const void* global, bool valid) {
   check_aligned(shared);
   check_aligned(global);

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ import tvm
 from tvm import relax, tirx
 
 from relaxlm.compiler.cuda import check_device_code, cuda_compilation
-from relaxlm.compiler.kernels import cuda_attention
+from relaxlm.compiler.kernels import cuda_append, cuda_attention
 from relaxlm.compiler.kernels.attention import AttentionShape
 from relaxlm.compiler.link import export_library
 from relaxlm.compiler.target import resolve_device
@@ -26,6 +27,10 @@ PAGE = 16
 
 def as_dtype(name: str) -> np.dtype:
     return BF16 if name == "bfloat16" else np.dtype(name)
+
+
+def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.PrimFunc:
+    return cuda_attention.attend_kernel(shape, format, dtype, 99 << 10)
 
 
 def offsets(parts: list) -> np.ndarray:
@@ -58,12 +63,12 @@ class Batch:
             np.full((len(order), *tensor.page_shape), 0x7F)
             if tensor.dtype == "uint8"
             else np.full((len(order), *tensor.page_shape), np.nan)
-            for tensor in cuda_attention.page_tensors(shape, format)
+            for tensor in cuda_append.page_tensors(shape, format)
         ]
         self.tensors = [
             tensor.astype(as_dtype(kind.dtype))
             for tensor, kind in zip(
-                self.tensors, cuda_attention.page_tensors(shape, format), strict=True
+                self.tensors, cuda_append.page_tensors(shape, format), strict=True
             )
         ]
         # From nothing at all to more than all tokens together.
@@ -128,6 +133,7 @@ class Batch:
                     shape.sinks,
                     shape.cap,
                     logits,
+                    shape.chunked,
                 )
                 for q, k, v, at in zip(self.q, self.k, self.v, self.positions, strict=True)
             ]
@@ -153,10 +159,12 @@ ERROR = {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
         ((3, 1), 8, "bfloat16", "bfloat16", "forward"),
         ((6, 2), 64, "float16", "float8_e4m3", "random"),
         ((4, 2), 80, "float32", "float16", "forward"),
+        ((4, 4), 96, "float16", "float16", "reverse"),
+        ((4, 1), 80, "bfloat16", "bfloat16", "random"),
         ((2, 1), 256, "float16", "float16", "forward"),
         ((40, 2), 128, "float32", "float32", "forward"),  # 20 heads per KV head: several blocks
     ],
-    ids=["gqa", "mha-24", "mqa-bf16", "fp8", "f32-on-f16", "256", "large-group"],
+    ids=["gqa", "mha-24", "mqa-bf16", "fp8", "f32-on-f16", "96", "80", "256", "large-group"],
     indirect=["cuda"],
 )
 def test_attention_over_pages(
@@ -165,10 +173,36 @@ def test_attention_over_pages(
     shape = AttentionShape(*heads, head_dim, window=0, sinks=0, scale=0.9 * head_dim**-0.5)
     # A sequence without new tokens, a whole prompt, single tokens, and the end of a prompt.
     batch = Batch(shape, KV_FORMATS[format], lengths=[1, 17, 20, 70, 33], new=[1, 17, 0, 1, 5])
-    kernel = cuda.build(cuda_attention.attend_kernel(shape, KV_FORMATS[format], dtype))
+    kernel = cuda.build(attend_kernel(shape, KV_FORMATS[format], dtype))
     result = batch.attend(kernel, dtype)
     assert np.isfinite(result).all()
     assert reference.relative_error(result, batch.expected(dtype)) < ERROR[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "format", "change", "cuda"),
+    [
+        ("float16", "float16", {}, "random"),
+        ("bfloat16", "float8_e4m3", {"sink_logits": True}, "reverse"),
+        ("float16", "float32", {"window": 200, "sinks": 20, "cap": 2.0}, "forward"),
+        ("float32", "float32", {"sink_logits": True}, "random"),
+        ("float16", "float16", {"window": 128, "chunked": True}, "forward"),
+    ],
+    ids=["plain", "fp8-sink", "window-cap", "float32", "chunked"],
+    indirect=["cuda"],
+)
+def test_single_tokens_share_out_long_contexts(
+    cuda: CudaEmulation, dtype: str, format: str, change: dict
+) -> None:
+    shape = replace(AttentionShape(6, 2, 32, window=0, sinks=0, scale=0.4), **change)
+    # Parts that are longer than the shortest context: some have nothing to do.
+    batch = Batch(shape, KV_FORMATS[format], lengths=[500, 3, 270], new=[1, 1, 1])
+    kernel = cuda.build(attend_kernel(shape, KV_FORMATS[format], dtype))
+    result = batch.attend(kernel, dtype)
+    expected = batch.expected(dtype)
+    for row in range(3):
+        assert reference.relative_error(result[row], expected[row]) < ERROR[dtype]
 
 
 @needs_compiler
@@ -186,25 +220,33 @@ def test_capped_scores_and_sink_logits(cuda: CudaEmulation, format: str, change:
     batch = Batch(shape, KV_FORMATS[format], lengths=[1, 70, 9], new=[1, 3, 9])
     # Scores far beyond the cap, and beyond what an exponential takes.
     batch.q[2][:4] *= np.array([5, 50, 500, -500], "float32")[:, None, None]
-    kernel = cuda.build(cuda_attention.attend_kernel(shape, KV_FORMATS[format], "float32"))
+    kernel = cuda.build(attend_kernel(shape, KV_FORMATS[format], "float32"))
     result = batch.attend(kernel, "float32")
     assert reference.relative_error(result, batch.expected("float32")) < 4e-6
 
 
 @needs_compiler
-@pytest.mark.parametrize(("window", "sinks"), [(5, 0), (20, 4), (33, 20)])
-def test_sliding_window_with_sinks(cuda: CudaEmulation, window: int, sinks: int) -> None:
+@pytest.mark.parametrize(
+    ("window", "sinks", "dtype"),
+    [
+        *((5, 0, "float32"), (20, 4, "float32"), (33, 20, "float32")),
+        *((20, 4, "float16"), (33, 20, "float16")),
+    ],
+)
+def test_sliding_window_with_sinks(
+    cuda: CudaEmulation, window: int, sinks: int, dtype: str
+) -> None:
     shape = AttentionShape(4, 2, 16, window, sinks, scale=0.25)
     batch = Batch(shape, KV_FORMATS["float32"], lengths=[150, 131, 3, 30], new=[6, 1, 3, 2])
-    kernel = cuda.build(cuda_attention.attend_kernel(shape, KV_FORMATS["float32"], "float32"))
-    expected = batch.expected("float32")
-    assert reference.relative_error(batch.attend(kernel, "float32"), expected) < 2e-6
+    kernel = cuda.build(attend_kernel(shape, KV_FORMATS["float32"], dtype))
+    expected = batch.expected(dtype)
+    assert reference.relative_error(batch.attend(kernel, dtype), expected) < ERROR[dtype]
     # Leaving out pages that no query can see any more changes nothing.
     for part in ("k", "v", "q", "positions", "pages"):
         setattr(batch, part, getattr(batch, part)[:2])
     batch.slots = batch.slots[: 150 + 131]
-    result = batch.attend(kernel, "float32", dropped_pages=3)
-    assert reference.relative_error(result, expected[: 6 + 1]) < 2e-6
+    result = batch.attend(kernel, dtype, dropped_pages=3)
+    assert reference.relative_error(result, expected[: 6 + 1]) < ERROR[dtype]
 
 
 @needs_compiler
@@ -226,7 +268,7 @@ def test_append_stores_what_the_reference_stores(
     batch.k[0][3] = 0  # a vector of zeros has no scale of its own
     expected = batch.stored(dtype)
     k, v = (np.concatenate(x).astype(as_dtype(dtype)) for x in (batch.k, batch.v))
-    kernel = cuda.build(cuda_attention.append_kernel(shape, KV_FORMATS[format], dtype))
+    kernel = cuda.build(cuda_append.append_kernel(shape, KV_FORMATS[format], dtype))
     kernel(k, v, batch.slots, *batch.tensors)
     for ours, theirs in zip(batch.tensors, expected, strict=True):
         np.testing.assert_array_equal(
@@ -258,8 +300,8 @@ def test_kernels_from_relax_write_pages_in_place(cuda: CudaEmulation) -> None:
         "v_pages": page,
     }
     at = {name: relax.Var(name, type) for name, type in types.items()}
-    append = builder.add_func(cuda_attention.append_kernel(shape, format, dtype), "append")
-    attend = builder.add_func(cuda_attention.attend_kernel(shape, format, dtype), "attend")
+    append = builder.add_func(cuda_append.append_kernel(shape, format, dtype), "append")
+    attend = builder.add_func(attend_kernel(shape, format, dtype), "attend")
     with builder.function("main", list(at.values())):
         with builder.dataflow():
             stored = builder.emit(
@@ -302,8 +344,8 @@ def test_kernels_from_relax_write_pages_in_place(cuda: CudaEmulation) -> None:
 
 
 @needs_nvcc
-def test_kernels_compile_to_machine_code_in_registers(tmp_path) -> None:
-    target = resolve_device("cuda", "sm_80,sm_90")
+def test_kernels_compile_to_machine_code_in_registers(tmp_path: Path) -> None:
+    target = resolve_device("cuda", "sm_80")
     functions = {}
     for dtype, format in [
         ("float16", "float16"),
@@ -311,7 +353,7 @@ def test_kernels_compile_to_machine_code_in_registers(tmp_path) -> None:
         ("float32", "float32"),
     ]:
         shape = AttentionShape(32, 8, 128, window=64, sinks=4, scale=0.1)
-        for kind in (cuda_attention.append_kernel, cuda_attention.attend_kernel):
+        for kind in (cuda_append.append_kernel, attend_kernel):
             name = f"{kind.__name__}_{dtype}"
             functions[name] = kind(shape, KV_FORMATS[format], dtype).with_attr(
                 "global_symbol", name
@@ -321,10 +363,18 @@ def test_kernels_compile_to_machine_code_in_registers(tmp_path) -> None:
     library = tmp_path / "kernels.so"
     export_library(executable, library)
     check_device_code(library, target.arch)
-    assert len(build.reports) == 2 * len(functions)
-    # ptxas puts a word or two on the stack where 64 registers give it a better occupancy.
-    assert [str(report) for report in build.reports if report.spill_stores > 8] == []
-    assert max(report.registers for report in build.reports) <= 128
+    # Of each dtype: append; few and many rows, each with what merges parts, or one such pair.
+    assert len(build.reports) == 3 + 4 + 4 + 2
+    assert [str(report) for report in build.reports if report.stack or report.spill_stores] == []
+
+
+@pytest.mark.parametrize("limit", [64 << 10, 99 << 10, 227 << 10])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 136, 256])
+def test_tiles_fit_into_shared_memory(head_dim: int, limit: int) -> None:
+    shape = AttentionShape(8, 2, head_dim, window=0, sinks=0, scale=1.0)
+    for format in KV_FORMATS.values():
+        for tile in cuda_attention.tiles(shape, format, limit):
+            assert tile.shared(head_dim, format.scaled) <= limit
 
 
 def test_shapes_that_the_kernels_do_not_take() -> None:

@@ -2,7 +2,7 @@
 
 One block per token and query head. The block's warps share out the text's tokens, the lanes of a
 warp the head's elements; every warp keeps a running softmax in float32, and the block merges them
-at the end, as in `cuda_attention.py`. Arguments are those of `cpu_encoder_attention`.
+at the end. Arguments are those of `cpu_encoder_attention`.
 
 A plain kernel: keys and values are read again for every token, without tensor cores.
 """
@@ -15,12 +15,12 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from relaxlm.compiler.kernels.attention import AttentionShape
-from relaxlm.compiler.kernels.cuda_attention import (
+from relaxlm.compiler.kernels.cuda_attention import check_shape
+from relaxlm.compiler.kernels.cuda_script import (
     ALL_LANES,
     LANES,
     NO_SCORE,
     WARPS,
-    check_shape,
     local,
     shared,
 )

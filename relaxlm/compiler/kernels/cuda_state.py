@@ -21,7 +21,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit, length, tensor
-from relaxlm.compiler.kernels.cuda_attention import ALL_LANES, LANES, local
+from relaxlm.compiler.kernels.cuda_script import ALL_LANES, LANES, local
 from relaxlm.compiler.kernels.state import ConvShape, ScanShape, StateSlots, Tokens, find_sequence
 from relaxlm.errors import UnsupportedError
 

@@ -27,7 +27,6 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor, copy_kernel
 from relaxlm.compiler.passes.lower_state import lower_state_operator
 from relaxlm.compiler.passes.signature import PagedSignature
-from relaxlm.errors import UnsupportedError
 from relaxlm.models.base import PAGED_ATTENTION
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.kv_cache import KVFormat
@@ -52,20 +51,7 @@ def cache_shape(config: DecoderConfig) -> AttentionShape:
 
 @tvm.transform.module_pass(opt_level=0, name="LowerPagedAttention")
 class LowerPagedAttention:
-    """The pass.
-
-    Raises:
-        UnsupportedError: chunks, on a target whose kernels have none.
-    """
-
     def __init__(self, config: DecoderConfig, format: KVFormat, kernels: AttentionKernels) -> None:
-        if config.chunked_attention and any(config.windows) and kernels.kind != "cpu":
-            chunk = max(config.windows)
-            raise UnsupportedError(
-                f"{config.model_type}: attention in chunks of {chunk} tokens is not supported on "
-                f"{kernels.kind}. Texts of up to a chunk need none: "
-                f'--overrides "context_window_size={chunk}"'
-            )
         self.config, self.format, self.kernels = config, format, kernels
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:

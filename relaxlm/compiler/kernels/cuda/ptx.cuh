@@ -44,6 +44,14 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four matrices of 8 times 8 values from shared memory, transposed: lane i gives the address of row
+// i % 8 of matrix i / 8. Lane 4 g + q gets of each the rows 2 q, 2 q + 1 of column g.
+__device__ __forceinline__ void load_transposed(u32 (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"((u32)__cvta_generic_to_shared(row)));
+}
+
 // 16 bytes from global memory that no other thread of the block reads.
 __device__ __forceinline__ uint4 load_once(const void* from) {
   uint4 r;
