@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -42,6 +43,38 @@ CONFIG = {
     "mlp_bias": False,
     "torch_dtype": "float32",
 }
+# Models with recurrent layers: one that attends in its other layer, and one that never does.
+HYBRID = {
+    **{name: CONFIG[name] for name in CONFIG if name not in ("mlp_bias", "rope_theta")},
+    "model_type": "qwen3_5_text",
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    "tie_word_embeddings": True,
+}
+RECURRENT = {
+    "architectures": ["Mamba2ForCausalLM"],
+    "model_type": "mamba2",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_heads": 8,
+    "head_dim": 16,
+    "state_size": 24,
+    "n_groups": 2,
+    "expand": 2,
+    "conv_kernel": 3,
+    "layer_norm_epsilon": 1e-5,
+    "chunk_size": 16,
+    "use_bias": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.role not in ['system', 'user', 'assistant'] %}"
@@ -66,31 +99,34 @@ class TinyModel:
     library: Path
 
     @staticmethod
-    def make(place: Path) -> "TinyModel":
-        weights = checkpoint_weights()
-        source = write_checkpoint(place / "source", weights)
+    def make(place: Path, config: Mapping[str, Any] = CONFIG) -> "TinyModel":
+        weights = checkpoint_weights(config=config)
+        source = write_checkpoint(place / "source", weights, config=config)
         folder = convert(source, place / "tiny-q0f32")
         return TinyModel(weights, source, folder, compile_library(folder, place / "tiny.so"))
 
 
-def checkpoint_weights(seed: int = 0) -> dict[str, np.ndarray]:
+def checkpoint_weights(seed: int = 0, config: Mapping[str, Any] = CONFIG) -> dict[str, np.ndarray]:
     """Checkpoint tensors by name, float32, none of them at a default."""
     rng = np.random.default_rng(seed)
     return {
         source.name: rng.uniform(0.5, 1.5, source.shape).astype(np.float32)
         if spec.role == "vector"
         else rng.normal(0, 0.15, source.shape).astype(np.float32)
-        for spec in parameter_specs(load_config(CONFIG))
+        for spec in parameter_specs(load_config(config))
         for source in spec.sources
     }
 
 
 def write_checkpoint(
-    folder: Path, weights: Mapping[str, np.ndarray], template: str | None = TEMPLATE
+    folder: Path,
+    weights: Mapping[str, np.ndarray],
+    template: str | None = TEMPLATE,
+    config: Mapping[str, Any] = CONFIG,
 ) -> Path:
     """A Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(dict(config)))
     save_file(dict(weights), folder / "model.safetensors")
     (folder / "tokenizer.json").write_text(tokenizer_json())
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}

@@ -48,7 +48,7 @@ def bench(
 
     from rich.console import Console
 
-    from relaxlm.cli.report import compile_progress
+    from relaxlm.cli.report import cache_name, compile_progress
     from relaxlm.profiling.benchmark import STEPS, run
     from relaxlm.profiling.session import Session
     from relaxlm.runtime.threads import VARIABLE, set_threads
@@ -64,7 +64,7 @@ def bench(
         session = Session.load(folder, model_lib, device, overrides, room, progress)
     info = session.executor.metadata
     typer.echo(
-        f"{folder}: {info.model_type}, {info.quantization}, {info.kv_cache.dtype} cache; "
+        f"{folder}: {info.model_type}, {info.quantization}, {cache_name(info)}; "
         f"{info.target.kind}, {os.environ[VARIABLE]} threads"
     )
     # Nothing is shown where output is no terminal.

@@ -24,6 +24,11 @@ def compile_progress(what: str) -> Iterator[Callable[[str, float], None]]:
         yield lambda stage, share: bar.update(task, completed=share, description=f"{what}: {stage}")
 
 
+def cache_name(info: LibraryMetadata) -> str:
+    """What a library caches keys and values in, in words."""
+    return f"{info.kv_cache.dtype} cache" if info.kv_cache.tensors else "no KV cache"
+
+
 def memory_lines(info: LibraryMetadata, context: int | None = None) -> list[str]:
     """Parameters, KV cache, states and temporary buffers, one line each, and their sum.
 

@@ -83,7 +83,7 @@ def verify(
 
     from rich.console import Console
 
-    from relaxlm.cli.report import compile_progress
+    from relaxlm.cli.report import cache_name, compile_progress
     from relaxlm.errors import RequestError
     from relaxlm.files import format_bytes
     from relaxlm.verification.prompts import DEFAULT_PROMPTS
@@ -113,7 +113,7 @@ def verify(
     info, memory = job.library.metadata, job.memory_estimate()
     typer.echo(
         f"{job.library.path}: {info.model_type}, {info.quantization}, {info.target.kind}, "
-        f"{info.kv_cache.dtype} cache; weights in {job.weights.path}"
+        f"{cache_name(info)}; weights in {job.weights.path}"
     )
     parts = zip(("the original", "the library", "results"), memory, strict=True)
     typer.echo(

@@ -72,9 +72,7 @@ class GatedDeltaNet(nn.Module):
         config, n = self.config, x.shape[0]
         groups, heads = config.linear_num_key_heads, config.linear_num_value_heads
         key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
-        channels, _, taps = self.conv1d_weight.shape
-        weight = op.reshape(self.conv1d_weight, (channels, taps))
-        mixed = causal_conv(step, layer, self.in_proj_qkv(x), weight, activation="silu")
+        mixed = causal_conv(step, layer, self.in_proj_qkv(x), self.conv1d_weight, activation="silu")
         keys = config.linear_widths[0]
         q, k, v = op.split(mixed, [keys, 2 * keys], axis=-1)
         q = root_norm(op.reshape(q, (n, groups, key_dim)), _KEY_EPSILON, mean=False)

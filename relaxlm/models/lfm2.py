@@ -96,7 +96,7 @@ class ShortConv(nn.Module):
     def __init__(self, config: ConvConfig) -> None:
         hidden, bias = config.hidden_size, config.conv_bias
         self.in_proj = nn.Linear(hidden, 3 * hidden, bias=bias)
-        self.conv_weight = nn.Parameter((hidden, config.conv_L_cache))
+        self.conv_weight = nn.Parameter((hidden, 1, config.conv_L_cache))
         self.conv_bias = nn.Parameter((hidden,)) if bias else None
         self.out_proj = nn.Linear(hidden, hidden, bias=bias)
 

@@ -103,7 +103,7 @@ class Mamba2Mixer(nn.Module):
         self.shape = shape
         columns = shape.width + shape.channels + shape.heads
         self.in_proj = nn.Linear(shape.hidden, columns, bias=shape.bias)
-        self.conv1d_weight = nn.Parameter((shape.channels, shape.taps))
+        self.conv1d_weight = nn.Parameter((shape.channels, 1, shape.taps))
         self.conv1d_bias = nn.Parameter((shape.channels,)) if shape.conv_bias else None
         self.dt_bias, self.A_log = (
             Float32Parameter((shape.heads,)),

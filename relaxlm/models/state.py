@@ -15,7 +15,7 @@ lowering checks the two against each other.
 
 from typing import Literal
 
-from tvm.relax.frontend.nn import Tensor
+from tvm.relax.frontend.nn import Tensor, op
 
 from relaxlm.models.base import Step
 from relaxlm.models.config import StateTensor
@@ -102,7 +102,7 @@ def causal_conv(
 
     Args:
         x: [n, channels].
-        weight: [channels, taps].
+        weight: [channels, 1, taps], as checkpoints have it.
         bias: [channels].
 
     Returns:
@@ -110,6 +110,8 @@ def causal_conv(
         `conv_state(channels, taps)`.
     """
     optional = [] if bias is None else [bias]
+    channels, _, taps = weight.shape
+    weight = op.reshape(weight, (channels, taps))
     return step.with_cache(CAUSAL_CONV, [x, weight, layer, int(activation == "silu"), *optional], x)
 
 

@@ -62,7 +62,8 @@ def reference_model(raw: dict) -> transformers.PreTrainedModel:
             else:
                 parameter.normal_(0, 0.08)
         for name, buffer in model.named_buffers():
-            if name.endswith("bias"):  # a router's, which is no parameter
+            # A router's, which is no parameter; GPT-2's of that name are masks.
+            if name.endswith("bias") and buffer.is_floating_point():
                 buffer.normal_(0, 0.3)
     return model.eval()
 
@@ -72,6 +73,8 @@ def stored_parameters(raw: dict, state: dict[str, torch.Tensor], scheme_name: st
     scheme = get_scheme(scheme_name)
     stored = {}
     for spec in _specs(raw, state):
+        for source in spec.sources:  # converting compares them
+            assert tuple(state[source.name].shape) == source.shape, source.name
         parts = [source.values(state[source.name].numpy()) for source in spec.sources]
         value = np.concatenate([part.reshape(-1) for part in parts]).reshape(spec.shape)
         quant = scheme.for_role(spec.role)
