@@ -43,3 +43,19 @@ def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> TinyEmbedder:
     from tests.tiny_embedder import TinyEmbedder
 
     return TinyEmbedder.make(tmp_path_factory.mktemp("embedder"), "qwen3")
+
+
+@pytest.fixture(scope="session")
+def hybrid_tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A tiny random model with a recurrent layer and one that attends."""
+    from tests.tiny_model import HYBRID, TinyModel
+
+    return TinyModel.make(tmp_path_factory.mktemp("hybrid"), HYBRID)
+
+
+@pytest.fixture(scope="session")
+def recurrent_tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """One with recurrent layers alone."""
+    from tests.tiny_model import RECURRENT, TinyModel
+
+    return TinyModel.make(tmp_path_factory.mktemp("recurrent"), RECURRENT)

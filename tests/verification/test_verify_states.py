@@ -44,11 +44,13 @@ def test_a_change_of_how_fast_a_state_fades_is_found(model: TinyModel, tmp_path:
     assert "1 of the parameters" in failure(found) and "layer 0" in failure(found)
 
 
-def test_a_cache_is_rounded_in_the_layers_that_have_one(model: TinyModel, tmp_path: Path) -> None:
+def test_a_cache_that_is_not_there_is_not_rounded(
+    recurrent_tiny: TinyModel, tmp_path: Path
+) -> None:
     library = tmp_path / "rounded.so"
-    compile_library(model.folder, library, "kv_cache_dtype=fp8")
-    found = verify(model, library=library)
-    found.check()
+    compile_library(recurrent_tiny.folder, library, "kv_cache_dtype=fp8")
+    _, stored = verify(recurrent_tiny, library=library).comparisons
+    assert stored.reference == "dequantized" and stored.total.relative_error < 1e-4
 
 
 def _parameters(model: TinyModel) -> list[str]:
