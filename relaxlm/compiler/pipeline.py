@@ -93,7 +93,11 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.BundleModelParams("params"),
         # Weights -> kernels that read what is stored.
         LowerEmbedding(),
-        LowerExpertMatmul(lowering.kind, lowering.shared_memory),
+        LowerExpertMatmul(
+            lowering.kind,
+            lowering.shared_memory,
+            lowering.act_quant and not lowering.batch_invariant,
+        ),
         *(
             [
                 LowerMatmulCPU(lowering.act_quant, lowering.batch_invariant),

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import tvm
 
-from relaxlm.compiler.kernels.cpu_experts import expert_kernel
+from relaxlm.compiler.kernels.cpu_experts import MANY, expert_kernel
+from relaxlm.compiler.kernels.isa import NEEDS, Isa
 from relaxlm.compiler.kernels.vector import VectorUnit
 from relaxlm.compiler.target import resolve_device
 from relaxlm.quantization.schemes import SCHEMES
 from relaxlm.runtime.cpu import missing_features
 from tests.compiler.test_cpu_matmul import NUMPY, UNITS, build, native_unit
+from tests.compiler.test_packed import rounded
 
 EACH = 3
 PRESETS = [name for name in SCHEMES if not name.endswith("_0")]
@@ -19,12 +21,19 @@ SHAPES = [(4, 3, 24), (5, 67, 330)]
 
 
 def run(
-    preset: str, shape: tuple[int, int, int], repeat: int, unit: VectorUnit, arch: str = "native"
+    preset: str,
+    shape: tuple[int, int, int],
+    repeat: int,
+    unit: VectorUnit,
+    arch: str = "native",
+    isa: Isa | None = None,
 ):
     """A function of x, chosen and a float weight that gives the product and the weight as kept."""
     scheme = SCHEMES[preset]
     quant = scheme.linear
-    kernel = build({"f": expert_kernel(shape, quant, scheme.dtype, EACH, repeat, unit)}, arch)["f"]
+    kernel = build({"f": expert_kernel(shape, quant, scheme.dtype, EACH, repeat, unit, isa)}, arch)[
+        "f"
+    ]
 
     def product(x: np.ndarray, chosen: np.ndarray, weight: np.ndarray, damage=None):
         dtype = NUMPY.get(scheme.dtype, scheme.dtype)
@@ -101,3 +110,30 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     for i in range(len(x)):
         alone, _ = product(x[i : i + 1], chosen[i : i + 1], weight)
         np.testing.assert_array_equal(alone, together[i * EACH : (i + 1) * EACH])
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "repeat"),
+    # Rests of a task, of a panel and of a group; a task of two panels; fewer outputs than a panel.
+    [("q4f16_1", (5, 67, 330), EACH), ("q4bf16_1", (5, 96, 1120), 1), ("q8f16_1", (5, 19, 224), 1)],
+    ids=str,
+)
+def test_experts_with_many_rows_round_them(preset: str, shape: tuple, repeat: int) -> None:
+    if missing := missing_features(NEEDS["avx512"]):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    rng = np.random.default_rng(2)
+    product, weight = run(preset, shape, repeat, native_unit(), isa="avx512"), values(rng, shape)
+    mixed = set()
+    for name, chosen in routings(rng, shape[0]).items():
+        chosen = chosen.astype(np.int32)
+        x = values(rng, (chosen.size // repeat, shape[2]))
+        out, kept = product(x, chosen, weight)
+        codes, scales = rounded(x)
+        whole = (codes * scales[..., None]).reshape(len(x), -1)[:, : shape[2]]
+        many = np.bincount(chosen.flat, minlength=shape[0])[chosen.reshape(-1)] >= MANY
+        mixed |= set(many)
+        for given, rows in ((whole, many), (x, ~many)):
+            reference = expected(given, chosen, kept, repeat)[rows]
+            terms = expected(np.abs(given), chosen, np.abs(kept), repeat)[rows]
+            assert (np.abs(out[rows] - reference) <= 1e-6 * terms).all(), name
+    assert mixed == {False, True}

@@ -8,6 +8,10 @@ on all threads.
 
 Lanes run along a row of the matrix as it is stored, as in `cpu_gemv`. A row's sums are made in the
 same way whatever the other rows are.
+
+With an instruction set for it, experts with `MANY` rows or more are multiplied with rows of x
+rounded to int8, by the loops of `cpu_int8_gemm`: a task turns its part of the matrix into panels
+and passes all of the expert's rows over them.
 """
 
 import functools
@@ -16,9 +20,10 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from relaxlm.compiler.kernels import cpu_gemv
+from relaxlm.compiler.kernels import cpu_gemv, cpu_int8_gemm, packed
 from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
 from relaxlm.compiler.kernels.cpu_gemv import vector_words
+from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.vector import (
     VectorUnit,
@@ -37,6 +42,8 @@ from relaxlm.quantization.groupwise import GroupQuant
 TASK_BYTES = 32 << 10
 # Rows of x in a tile. Of few rows, there is a tile that fits.
 TILES = (1, 2, 4, 8)
+# Rows of an expert from which on making panels of its matrix takes less time than it saves.
+MANY = 4
 
 
 @functools.cache  # every layer asks
@@ -47,6 +54,7 @@ def expert_kernel(
     each: int,
     repeat: int,
     unit: VectorUnit,
+    isa: Isa | None = None,
 ) -> tirx.PrimFunc:
     """(x [m, K] float32, chosen [n, each] int32, *stored weight, out [n * each, N] float32).
 
@@ -57,6 +65,7 @@ def expert_kernel(
         quant: the weight's format, row by row; None for a plain [E, N, K] tensor of `dtype`.
         dtype: of the scales, or of the plain tensor.
         unit: the vectors of the CPU to compile for.
+        isa: its dot products of bytes, if rows of x may be rounded.
     """
     experts, n, k = shape
     matrix = StoredMatrix(n, k, quant, dtype)
@@ -67,6 +76,9 @@ def expert_kernel(
     line = cpu_gemv.LINE // matrix.word_bytes
     group = matrix.group_words
     chunk = min(n, max(1, TASK_BYTES // (words_of_row * matrix.word_bytes)))
+    dots = isa if isa is not None and cpu_int8_gemm.supports(matrix, isa) else None
+    if dots is not None:  # whole panels
+        chunk = max(chunk // cpu_int8_gemm.wide(matrix), 1) * cpu_int8_gemm.wide(matrix)
     chunks = -(-n // chunk)
     tiles = TILES if unit.registers == 32 else TILES[:-1]
 
@@ -149,7 +161,8 @@ def expert_kernel(
         order, starts = scratch(rows, "int32"), scratch(experts + 1, "int32")
         used, counter = scratch(experts, "int32"), scratch(16, "int32")
         ordered = scratch(m * steps * per_word * width, "float32")
-        USED, NEXT = 0, 8  # two numbers of `counter`
+        USED, MOST, NEXT = 0, 4, 8  # three numbers of `counter`
+        T.buffer_store(counter, 0, [MOST])
         T.buffer_store(counter, 0, [USED])
         T.buffer_store(counter, 0, [NEXT])
 
@@ -162,6 +175,7 @@ def expert_kernel(
             T.buffer_store(starts, starts[expert_of(row)] + 1, [expert_of(row)])
         # From the numbers of rows to the ends, which `order` is then filled from.
         with T.serial(experts) as e:
+            T.buffer_store(counter, T.max(counter[MOST], starts[e]), [MOST])
             with T.If(starts[e] > 0), T.Then():
                 T.buffer_store(used, e, [counter[USED]])
                 T.buffer_store(counter, counter[USED] + 1, [USED])
@@ -174,6 +188,15 @@ def expert_kernel(
             T.buffer_store(order, T.cast(row, "int32"), [starts[expert_of(row)]])
         with T.parallel(m) as row:
             reorder(x, ordered, row)
+        if dots is not None:
+            rounded = T.decl_buffer((m, packed.row_words(k)), "int32", scope="global")
+            with T.If(counter[MOST] >= MANY), T.Then(), T.parallel(m) as row:
+
+                def value(i: Expr | int, count: int) -> Expr:
+                    return x.vload([row, i], vector("float32", count))
+
+                # As if there were many rows, so that they lie in the order for panels.
+                packed.emit_pack(k, value, rounded, row, T.int64(packed.FEW + 1), dots)
 
         def run_tile(size: int, number, first, count, expert, column) -> None:
             """All rows of a task's part of the matrix times one tile of x."""
@@ -188,7 +211,22 @@ def expert_kernel(
                 row = T.cast(expert, "int64") * n + column + j
                 multiply(words, scales, ordered, out, row, column + j, places)
 
-        def run_task(number) -> None:
+        def run_panels(first, count, expert, column, panels: cpu_int8_gemm.Panels) -> None:
+            """All rows of an expert, rounded, times a task's part of its matrix."""
+            tile_rows = cpu_int8_gemm.TILE
+            with T.serial(chunk // panels.wide) as p:
+                start = column + p * panels.wide
+                panels.fill(T.cast(expert, "int64") * n + start, words, scales)
+                with T.serial((count + tile_rows - 1) // tile_rows) as tile:
+                    here = scratch(2 * tile_rows, "int64")
+                    for r in range(tile_rows):
+                        row = order[first + T.min(tile * tile_rows + r, count - 1)]
+                        T.buffer_store(here, T.cast(row // repeat, "int64"), [2 * r])
+                        T.buffer_store(here, T.cast(row, "int64"), [2 * r + 1])
+                    panels.multiply(rounded, lambda r: here[2 * r], tile)
+                    panels.store(out, lambda r: here[2 * r + 1], start)
+
+        def run_task(number, panels: cpu_int8_gemm.Panels | None) -> None:
             expert = used[number // chunks]
             first, count = starts[expert], starts[expert + 1] - starts[expert]
             # The last part ends with the matrix; it may overlap the one before.
@@ -206,13 +244,22 @@ def expert_kernel(
                     with T.Else():
                         choose(tuple(larger))
 
-            choose(tiles)
+            if panels is None:
+                choose(tiles)
+                return
+            with T.If(count >= MANY):
+                with T.Then():
+                    run_panels(first, count, expert, column, panels)
+                with T.Else():
+                    choose(tuple(size for size in tiles if size <= MANY))
 
         with T.parallel(T.min(counter[USED] * chunks, WORKERS)):
             task = scratch(1, "int32")
+            panels = None if dots is None else cpu_int8_gemm.Panels(matrix)
             T.buffer_store(task, fetch_add(counter, NEXT), [0])
             with T.While(task[0] < counter[USED] * chunks):
-                run_task(task[0])
+                run_task(task[0], panels)
                 T.buffer_store(task, fetch_add(counter, NEXT), [0])
 
-    return emit(body, [reduce_sum_ir(width), FETCH_ADD_IR])
+    texts = [reduce_sum_ir(width), FETCH_ADD_IR]
+    return emit(body, texts if dots is None else [*texts, *cpu_int8_gemm.imports(matrix, dots)])

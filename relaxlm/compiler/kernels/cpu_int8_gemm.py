@@ -11,6 +11,8 @@ bytes are put in the order of x. Tiles of a few rows of x then pass over the pan
 the next one are fetched.
 """
 
+from collections.abc import Callable
+
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
@@ -109,6 +111,42 @@ def emit_matmul(
                     while len(totals) > 1:
                         totals = [a + b for a, b in zip(totals[::2], totals[1::2], strict=True)]
                     T.buffer_store(out, totals[0], [row(i), T.ramp(first + at, 1, LANES)])
+
+
+class Panels:
+    """The same for callers with tasks of their own; declares its memory where it is made."""
+
+    def __init__(self, matrix: StoredMatrix) -> None:
+        self.matrix, self.wide = matrix, wide(matrix)
+        self.panel = scratch(matrix.groups * GROUP_WORDS * self.wide, "int32")
+        self.factors = scratch(_staged(matrix) + LANES * LANES, "float32")
+        self.sums = scratch(TILE * self.wide, "float32")
+        self.dots = scratch(TILE * self.wide, "int32")
+
+    def fill(self, first: Expr, words: tirx.Buffer, scales: tirx.Buffer) -> None:
+        """Make a panel of the rows of W from `first` on; it may lie in a stack of matrices."""
+        self.words, self.next_words = words, (first + self.wide) * self.matrix.words
+        _fill(self.matrix, first, words, self.panel)
+        _fill_scales(self.matrix, first, scales, self.factors)
+
+    def multiply(self, packed: tirx.Buffer, row: Callable[[int], Expr], tile: Expr) -> None:
+        """Tile number `tile`, whose rows are `row(i)` of x, times the panel."""
+        _multiply(
+            self.matrix, packed, row, tile, self.panel, self.factors, self.sums, self.dots,
+            self.words, self.next_words,
+        )  # fmt: skip
+
+    def store(self, out: tirx.Buffer, row: Callable[[int], Expr], first: Expr) -> None:
+        """Write the products to rows `row(i)` of out, from column `first` on."""
+        for i in range(TILE):
+            for at in range(0, self.wide, LANES):
+                total = self.sums.vload([i * self.wide + at], "float32x16")
+                T.buffer_store(out, total, [row(i), T.ramp(first + at, 1, LANES)])
+
+
+def wide(matrix: StoredMatrix) -> int:
+    """Rows of W in a panel."""
+    return _halves(matrix) * LANES
 
 
 def _bits(matrix: StoredMatrix) -> int:

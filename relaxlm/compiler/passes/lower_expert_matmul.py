@@ -9,17 +9,23 @@ that read the same choice:
 
     plan = call_tir(plan_experts, (chosen,)); y = call_tir(expert_matmul, (x, chosen, plan, q, s))
 
+On CPUs, the loop nest `choose_experts` that finds a token's experts becomes a kernel, too.
+
 Runs after QuantizeParameters and before LegalizeOps.
 """
+
+import re
 
 import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from relaxlm.compiler.kernels.cpu_choose import choose_kernel
 from relaxlm.compiler.kernels.cpu_experts import expert_kernel
 from relaxlm.compiler.kernels.cuda_experts import expert_kernel as cuda_expert_kernel
 from relaxlm.compiler.kernels.cuda_experts import plan_kernel, plan_size
 from relaxlm.compiler.kernels.cuda_matmul import CudaFormat
+from relaxlm.compiler.kernels.isa import dot_products
 from relaxlm.compiler.kernels.vector import vector_unit
 from relaxlm.compiler.passes.rewrite import rewrite_functions
 from relaxlm.compiler.passes.weights import StoredWeight, stored_weight
@@ -33,13 +39,21 @@ class LowerExpertMatmul:
     Args:
         kind: of the target.
         shared_memory: bytes that a block of a GPU may use.
+        act_quant: on CPUs, rows of x may be rounded where an expert has many.
     """
 
-    def __init__(self, kind: str, shared_memory: int = 0) -> None:
-        self.kind, self.shared_memory = kind, shared_memory
+    def __init__(self, kind: str, shared_memory: int = 0, act_quant: bool = False) -> None:
+        self.kind, self.shared_memory, self.act_quant = kind, shared_memory, act_quant
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         return rewrite_functions(mod, _Rewriter(mod, self))
+
+
+def _chooses(call: relax.Call) -> bool:
+    """Whether this is the loop nest of `models/routing.choose`."""
+    return call.op == tvm.ir.Op.get("relax.call_tir") and bool(
+        re.fullmatch(r"choose_experts\d*", call.args[0].name_hint)
+    )
 
 
 @mutator
@@ -47,11 +61,19 @@ class _Rewriter(PyExprMutator):
     def __init__(self, mod: tvm.IRModule, lowering: LowerExpertMatmul) -> None:
         super().__init__(mod)
         self.mod, self.lowering = mod, lowering
-        self.unit = vector_unit(tvm.target.Target.current(allow_none=True))
+        target = tvm.target.Target.current(allow_none=True)
+        self.unit = vector_unit(target)
+        self.isa = dot_products(target) if lowering.act_quant else None
         self.plans: dict[relax.Expr, relax.Var] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
+        if self.lowering.kind == "cpu" and _chooses(call):
+            (scores,) = call.args[1]
+            each = int(call.ty_args[0].fields[0].shape[1])
+            kernel = choose_kernel(int(scores.ty.shape[1]), each, self.unit)
+            function = self.builder_.add_func(kernel, "choose_experts")
+            return relax.call_tir(function, [scores], list(call.ty_args[0].fields))
         is_ours = (
             call.op == tvm.ir.Op.get("relax.call_dps_packed")
             and isinstance(call.args[0], relax.ExternFunc)
@@ -67,7 +89,7 @@ class _Rewriter(PyExprMutator):
         dtype = str(weight.stored[-1].ty.dtype)
         each = int(chosen.ty.shape[1])
         kernel = expert_kernel(
-            weight.shape, weight.quant, dtype, each, int(repeat.value), self.unit
+            weight.shape, weight.quant, dtype, each, int(repeat.value), self.unit, self.isa
         )
         function = self.builder_.add_func(kernel, "expert_matmul")
         return relax.call_tir(function, [x, chosen, *weight.stored], call.ty)
