@@ -1,5 +1,7 @@
 """Norms, activations and rotary embeddings on CPUs against float64 NumPy."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,7 +9,12 @@ import tvm
 
 from relaxlm.compiler.kernels import cpu_append
 from relaxlm.compiler.kernels.attention import AttentionShape
-from relaxlm.compiler.kernels.cpu_elementwise import SERIAL, norm_kernel, silu_mul_kernel
+from relaxlm.compiler.kernels.cpu_elementwise import (
+    SERIAL,
+    gelu_kernel,
+    norm_kernel,
+    silu_mul_kernel,
+)
 from relaxlm.compiler.kernels.cpu_rope import RopeOptions, rope_append_kernel
 from relaxlm.quantization.kv_cache import KV_FORMATS
 from tests.compiler.test_cpu_attention import build
@@ -50,6 +57,19 @@ def test_silu_mul(size: int, rows: int) -> None:
     with np.errstate(over="ignore"):
         expected = gate / (1 + np.exp(-gate)) * up
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(128, "float16"), (24, None), (7, "float32")], ids=str)
+@pytest.mark.parametrize("rows", [1, SERIAL // 24 + 1])
+def test_gelu(size: int, dtype: str | None, rows: int) -> None:
+    x = random(rows, size)
+    x[0, :7] = [-1e4, -12, -3, 1e-6, 3, 12, 1e4]
+    bias = [] if dtype is None else [random(size).astype(dtype)]
+    out = tvm.runtime.tensor(np.zeros((rows, size), "float32"))
+    build(gelu_kernel(size, dtype))(*map(tvm.runtime.tensor, (x, *bias)), out)
+    whole = x if dtype is None else x + bias[0].astype("float32")
+    normal = 0.5 * (1 + np.vectorize(math.erf)(whole.astype("float64") / math.sqrt(2)))
+    np.testing.assert_allclose(out.numpy(), whole * normal, rtol=1e-6, atol=1e-6)
 
 
 def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from tvm_ffi import structural_equal
 
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
 from tests.compiler.test_passes import lowered, lowering, operators
-from tests.expression import bindings
+from tests.expression import bindings, written_out
 from tests.models.parity import tiny_config
 
 
@@ -54,6 +54,27 @@ def test_a_layer_is_eight_kernels(raw: dict, scheme: str, kv_format: str) -> Non
     assert not rest & operators(module)
     again = FuseElementwiseCPU(plan.config, plan.kv_format)(module)
     assert structural_equal(again, module)
+
+
+class Gelu(nn.Module):
+    def __init__(self) -> None:
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return op.gelu(self.up(x)) + op.gelu(x)
+
+
+def test_gelu_is_one_kernel_with_or_without_a_bias() -> None:
+    model = Gelu()
+    model.to("float32")
+    method = {"x": spec.Tensor(["n", 8], "float32")}
+    method["$"] = {"param_mode": "plain", "effect_mode": "none"}
+    module, _ = model.export_tvm(spec={"forward": method})
+    plan = lowering()
+    with tvm.target.Target({"kind": "llvm"}):
+        after = FuseElementwiseCPU(plan.config, plan.kv_format)(module)
+    product = "matmul(x, permute_dims(up.weight))"
+    assert written_out(after["forward"]) == f"add(@gelu({product}, up.bias), @gelu(x))"
 
 
 class Others(nn.Module):

@@ -16,6 +16,7 @@ from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
 from relaxlm.compiler.kernels.packed import Value
 from relaxlm.compiler.kernels.rounding import Rounding
 from relaxlm.compiler.kernels.vector import (
+    gelu,
     multiply_add,
     reduce_sum,
     reduce_sum_ir,
@@ -142,6 +143,37 @@ def silu_mul_kernel(size: int, rounding: Rounding | None = None) -> tirx.PrimFun
             out.write(row, gated(x, row, size))
 
         # The exponential makes an element cost as much as two of a norm.
+        for_each_row(n, 2 * size, one)
+
+    return emit(body)
+
+
+@functools.cache
+def gelu_kernel(
+    size: int, dtype: str | None = None, rounding: Rounding | None = None
+) -> tirx.PrimFunc:
+    """(x [n, size], bias [size]) -> gelu(x + bias), float32 or rounded.
+
+    Args:
+        dtype: of the bias; None if there is none.
+    """
+
+    def body() -> None:
+        n = length("n")
+        x = tensor("x", (n, size), "float32")
+        bias = None if dtype is None else tensor("bias", (size,), dtype)
+        out = _Output(n, size, rounding)
+
+        def one(row: Expr) -> None:
+            def value(i: Expr | int, lanes: int) -> Expr:
+                element = x.vload([row, i], vector("float32", lanes))
+                if bias is not None:
+                    element += to_float32(bias.vload([i], vector(str(dtype), lanes)), lanes)
+                return gelu(element, lanes)
+
+            out.write(row, value)
+
+        # As for silu_mul: an element costs as much as two of a norm.
         for_each_row(n, 2 * size, one)
 
     return emit(body)

@@ -2,11 +2,12 @@
 
     x = add(a, b); y = rms_norm(x, astype(w))          ->   x, y = add_norm(a, b, w)
     y = multiply(silu(split(x)[0]), split(x)[1])       ->   y = silu_mul(x)
+    y = gelu(add(x, astype(bias)))                     ->   y = gelu(x, bias)
     q, k, v = split(reshape(add(x, astype(bias))))
     q, k = rotate(rms_norm(q, ..)), rotate(rms_norm(k, ..))
     pages = append_to_pages(k, v, slots, pages)        ->   q, pages = rope_append(x, .., pages)
 
-The bias and the norms of q and k may be missing. A norm, or silu_mul, that is only read
+Biases and the norms of q and k may be missing. A norm, gelu or silu_mul that is only read
 by matmuls with rounded activations is written in their form at once, by the matmul itself where
 there is a kernel for that:
 
@@ -24,7 +25,7 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from relaxlm.compiler.kernels.cpu_elementwise import norm_kernel, silu_mul_kernel
+from relaxlm.compiler.kernels.cpu_elementwise import gelu_kernel, norm_kernel, silu_mul_kernel
 from relaxlm.compiler.kernels.cpu_rope import RopeOptions, rope_append_kernel
 from relaxlm.compiler.kernels.cpu_rounded import gated_matmul_kernel, supports_gated
 from relaxlm.compiler.kernels.rounding import Rounding
@@ -125,6 +126,8 @@ class _Rewriter(PyExprMutator):
             fused = self.norm(call)
         elif _is(call, "multiply"):
             fused = self.silu_mul(call)
+        elif _is(call, "nn.gelu"):
+            fused = self.gelu(call)
         elif _calls(call, "append_to_pages", "call_tir_inplace"):
             fused = self.rope_append(call)
         return super().visit_call_(call) if fused is None else fused
@@ -163,6 +166,20 @@ class _Rewriter(PyExprMutator):
         total = self.builder_.emit(relax.TupleGetItem(both, 0))
         self.set_var_remap(x, total)
         return relax.TupleGetItem(both, 1)
+
+    def gelu(self, call: relax.Call) -> relax.Expr | None:
+        x = call.args[0]
+        if not _is_float32_matrix(x) or not isinstance(x.ty.shape[1], tvm.tirx.IntImm):
+            return None
+        inputs, dtype, add = [x], None, self.value(x)
+        if _is(add, "add") and isinstance(x, relax.DataflowVar) and len(add.args[1].ty.shape) == 1:
+            inputs = [add.args[0], self.stored(add.args[1])]
+            dtype = str(inputs[1].ty.dtype)
+        rounding = self.roundings.get(call)
+        ending, ty = _written(call.ty, rounding)
+        kernel = gelu_kernel(int(x.ty.shape[1]), dtype, rounding)
+        function = self.kernel(kernel, "gelu" + ending)
+        return relax.call_tir(function, [self.visit_expr(part) for part in inputs], ty)
 
     def silu_mul(self, call: relax.Call) -> relax.Expr | None:
         silu, up = self.value(call.args[0]), self.value(call.args[1])
