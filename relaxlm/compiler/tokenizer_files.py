@@ -5,7 +5,7 @@ none.
 from pathlib import Path
 from typing import Any
 
-from relaxlm.compiler import byte_level_bpe, sentencepiece
+from relaxlm.compiler import byte_level_bpe, rwkv_vocab, sentencepiece
 from relaxlm.errors import TokenizerError
 from relaxlm.files import json_bytes, parse_json_object, read_bytes, read_text
 from relaxlm.runtime.tokenizer import load_settings
@@ -86,10 +86,12 @@ def _converted(
         if ranks is None:
             raise TokenizerError(f"{path}: line 1 is not a token in base64 and its rank")
         return byte_level_bpe.from_ranks(ranks, settings, str(path)), {}
-    for path in sorted(folder.glob("rwkv_vocab_*")):
-        raise TokenizerError(f"{path}: RWKV vocabularies are not converted to tokenizer.json")
+    for path in sorted(folder.glob("rwkv_vocab_*.txt")):
+        tokens = rwkv_vocab.parse_vocabulary(read_text(path, TokenizerError), str(path))
+        end = rwkv_vocab.end_token(tokens, settings)
+        return rwkv_vocab.convert(tokens, settings), {"bos_token": end, "eos_token": end}
     raise TokenizerError(
         f"{folder}: no tokenizer. Expected tokenizer.json, tokenizer.model, vocab.json with "
-        f"merges.txt, or "
-        "tekken.json. Download the tokenizer files of the model into this folder."
+        "merges.txt, tekken.json or rwkv_vocab_*.txt. Download the tokenizer files of the model "
+        "into this folder."
     )

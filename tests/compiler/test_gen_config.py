@@ -297,8 +297,8 @@ def test_where_defaults_come_from(
             {"tokenizer__json": None},
             TokenizerError,
             "{folder}: no tokenizer. Expected tokenizer.json, tokenizer.model, vocab.json with "
-            "merges.txt, or tekken.json. Download the tokenizer files of the model into this "
-            "folder.",
+            "merges.txt, tekken.json or rwkv_vocab_*.txt. Download the tokenizer files of the "
+            "model into this folder.",
         ),
         (
             {"tokenizer__json": None, "tokenizer__model": b"junk"},
@@ -310,8 +310,8 @@ def test_where_defaults_come_from(
         (
             {"tokenizer__json": None, "rwkv_vocab_v20230424__txt": "1 'a' 1"},
             TokenizerError,
-            "{folder}/rwkv_vocab_v20230424.txt: RWKV vocabularies are not converted to "
-            "tokenizer.json",
+            "{folder}/rwkv_vocab_v20230424.txt: 255 bytes are no tokens, such as 0, so not every "
+            "text can be cut. Is the file complete?",
         ),
         (
             {"tokenizer__json": None, "qwen__tiktoken": "junk"},
