@@ -56,6 +56,7 @@ MODELS = {
     "mistral": "mistral",
     "mixtral": "mixtral",
     "nemotron": "nemotron",
+    "nemotron_h": "nemotron_h",
     "olmo": "olmo",
     "olmo2": "olmo2",
     "olmoe": "olmoe",

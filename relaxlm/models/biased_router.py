@@ -54,15 +54,24 @@ class BiasedMLP(SharedMLP):
         self.e_score_correction_bias = Float32Parameter((config.num_experts,))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        config, logits = self.config, self.gate(x)
-        scores = op.sigmoid(logits) if config.scoring_func == "sigmoid" else op.softmax(logits)
-        ranked = scores + self.e_score_correction_bias
-        if config.topk_group < config.n_group:
-            ranked = limit_to_groups(
-                ranked, config.n_group, config.topk_group, best=2, otherwise=float("-inf")
-            )
-        _, chosen = choose(ranked, config.num_experts_per_tok)
-        share = pick(scores, chosen)
-        if config.norm_topk_prob:
-            share = share / (op.sum(share, axis=-1, keepdims=True) + _EPSILON)
-        return share * config.routed_scaling_factor, chosen
+        return route(self.config, self.gate(x), self.e_score_correction_bias)
+
+
+def route(config: BiasedConfig, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts of every row and their weights: [n, each] float32 and int32.
+
+    Args:
+        logits: [n, experts] float32.
+        bias: [experts] float32.
+    """
+    scores = op.sigmoid(logits) if config.scoring_func == "sigmoid" else op.softmax(logits)
+    ranked = scores + bias
+    if config.topk_group < config.n_group:
+        ranked = limit_to_groups(
+            ranked, config.n_group, config.topk_group, best=2, otherwise=float("-inf")
+        )
+    _, chosen = choose(ranked, config.num_experts_per_tok)
+    share = pick(scores, chosen)
+    if config.norm_topk_prob:
+        share = share / (op.sum(share, axis=-1, keepdims=True) + _EPSILON)
+    return share * config.routed_scaling_factor, chosen
