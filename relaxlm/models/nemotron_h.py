@@ -108,7 +108,8 @@ class Config(HybridConfig, BiasedConfig):
         values = {**cls.absent, **given}
         kinds = given.get("layers_block_type") or given.get("layer_types")
         if kinds is None:
-            kinds = [_KINDS.get(letter, letter) for letter in given["hybrid_override_pattern"]]
+            pattern = given.get("hybrid_override_pattern", "ME*-")  # transformers' default
+            kinds = [_KINDS.get(letter, letter) for letter in pattern]
         values["layer_types"] = [_OLD_KINDS.get(kind, kind) for kind in kinds]
         values["num_hidden_layers"] = len(kinds)
         values.setdefault("head_dim", given.get("attention_head_dim", 128))

@@ -76,6 +76,7 @@ RUNS = {
     "mistral": "Mistral 7B, Mistral Nemo, Mistral Small, Zephyr",
     "mixtral": "Mixtral 8x7B and 8x22B",
     "nemotron": "Nemotron-4, Minitron",
+    "nemotron_h": "Nemotron-H, Nemotron 3",
     "olmo": "OLMo 1",
     "olmo2": "OLMo 2",
     "olmoe": "OLMoE 1B-7B",

@@ -60,11 +60,11 @@ def test_absent_fields_read_as_transformers_fills_them_in(model_type: str) -> No
 
 
 def _check_layers(config: DecoderConfig, kinds: list[str]) -> None:
-    """Layers attend, and have a window, as `layer_types` says."""
-    recurrent = ("linear_attention", "conv")
+    """Layers attend, and have a window, as `layer_types` says; others do neither."""
+    others = ("linear_attention", "conv", "mlp", "moe")
     attends = [config.has_pages(layer) for layer in range(config.num_hidden_layers)]
-    assert attends == [kind not in recurrent for kind in kinds]
-    plain = (*recurrent, "full_attention")
+    assert attends == [kind not in others for kind in kinds]
+    plain = (*others, "full_attention")
     assert [window > 0 for window in config.windows] == [kind not in plain for kind in kinds]
 
 
@@ -288,6 +288,9 @@ def test_real_configurations() -> None:
             kinds = ["full_attention" if i % 4 == 3 else "chunked_attention" for i in layers]
         if kinds is None and raw["model_type"] == "phimoe":  # all, if there is a window
             kinds = ["sliding_attention" for _ in layers]
+        if raw["model_type"] == "nemotron_h":
+            pattern = raw["hybrid_override_pattern"]
+            kinds = ["full_attention" if letter == "*" else "mlp" for letter in pattern]
         _check_layers(config, kinds or ["full_attention" for _ in layers])
         supported += 1
     assert supported >= 15
