@@ -174,7 +174,7 @@ def describe_model(
     """What a library would say of itself, memory plan included; no code is generated.
 
     Of the memory plan, only the buffers of what the library is for are given. Layers of one kind
-    use the same ones, so the first layers are lowered to find out, up to one of each kind.
+    use the same ones, so the first layers are lowered to find out, up to where kinds repeat.
     """
     config = config.with_window(options.sliding_window_size, options.attention_sink_size)
     config = config.for_context(options.context_window_size)
@@ -190,12 +190,14 @@ def describe_model(
 
 
 def _planned_layers(config: DecoderConfig) -> int:
-    """So many layers from the first on that one of each kind is among them."""
+    """So many layers from the first on that each kind is among them twice, if it comes twice."""
     layers = range(config.num_hidden_layers)
-    first: dict[Any, int] = {}
+    places: dict[Any, list[int]] = {}
     for layer in layers:
-        first.setdefault((config.has_pages(layer), config.layer_states(layer)), layer)
-    return min(len(layers), max(PLANNED_LAYERS, max(first.values()) + 1))
+        kind = (config.has_pages(layer), config.layer_states(layer))
+        places.setdefault(kind, []).append(layer)
+    last = max(found[:2][-1] for found in places.values())
+    return min(len(layers), max(PLANNED_LAYERS, last + 1))
 
 
 def _lower(
