@@ -1,4 +1,4 @@
-"""Measure how close every family is to its reference, and write the table in docs/models.md.
+"""Measure how close every family is to its reference; write the tables of models.md and README.
 
     python -m tests.models.families                  all families
     python -m tests.models.families -k "phi or glm"  some of them; arguments are pytest's
@@ -27,6 +27,7 @@ from tests.models import parity
 
 FOLDER = Path(__file__).parent
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- families: start -->", "<!-- families: end -->"
 HEADER = (
     "| model_type | runs | reference | float32 | q4f16_1 | measured |",
@@ -260,13 +261,30 @@ def table(families: dict[str, Measured], failed: set[str], old: str, date: str) 
     return "\n".join([*HEADER, *(rows[model_type] for model_type in sorted(MODELS))])
 
 
+def short(table: str) -> str:
+    """The table's columns that README shows: the type, what runs, the error and its date."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    lines = [f"| {name} | {what} | {error} | {date} |" for name, what, _, error, _, date in rows]
+    return "\n".join(["| model_type | runs | error | measured |", "|---|---|---|---|", *lines])
+
+
+def parts(page: Path) -> tuple[str, str, str]:
+    """A page before, in and behind its table."""
+    before, rest = page.read_text(encoding="utf-8").split(START)
+    return (before, *rest.split(END))
+
+
+def write(page: Path, new: str) -> None:
+    """Replace the table of a page."""
+    before, _, after = parts(page)
+    page.write_text(f"{before}{START}\n\n{new}\n\n{END}{after}", encoding="utf-8")
+
+
 def main(arguments: list[str]) -> None:
     families, failed = measure(arguments)
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    old, after = rest.split(END)
-    new = table(families, failed, old, datetime.date.today().isoformat())
-    PAGE.write_text(f"{before}{START}\n\n{new}\n\n{END}{after}", encoding="utf-8")
+    new = table(families, failed, parts(PAGE)[1], datetime.date.today().isoformat())
+    write(PAGE, new)
+    write(README, short(new))
     print(f"docs/models.md: measured {len(families)} of {len(MODELS)} families")
     if failed:
         sys.exit(f"error: tests failed, so there is no row for {', '.join(sorted(failed))}")
