@@ -24,6 +24,7 @@ from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library, is_batch_invariant
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sequence_table import PagedSequences
+from relaxlm.runtime.state_slots import StateSlots
 from relaxlm.runtime.threads import set_threads
 
 VOCAB, CONTEXT, SEQUENCES = 131, 1024, 40
@@ -48,7 +49,21 @@ def raw_config(model_type: str) -> dict:
         "max_position_embeddings": CONTEXT,
         "rope_theta": 5000.0,
         "tie_word_embeddings": False,
+        **RECURRENT.get(model_type, {}),
     }
+
+
+# Layers that keep a state: their scans and convolutions go over sequences, not over steps.
+RECURRENT = {
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+    },
+}
 
 
 class Model:
@@ -74,14 +89,23 @@ class Model:
             if spec.role == "vector":
                 value += 1
             quant = stored.for_role(spec.role)
-            arrays = list(quant.quantize(value).values()) if quant else [value.astype(dtype)]
-            params |= dict(zip(stored.storage(spec), arrays, strict=True))
+            storage = stored.storage(spec)
+            if quant is None:
+                kept = np.float32 if spec.role == "float32" else dtype
+                params |= dict.fromkeys(storage, value.astype(kept))
+                continue
+            params |= dict(zip(storage, quant.quantize(value).values(), strict=True))
         self.metadata = built.metadata
         library = Library(built.executable, built.metadata, Path("memory"))
-        self.executor = Executor.from_arrays(library, params, PAGES)
+        slots = 2 * SEQUENCES if built.metadata.state.tensors else 0
+        self.executor = Executor.from_arrays(library, params, PAGES, slots)
         sizes = built.metadata.limits
         self.sequences = PagedSequences(
-            PagePool(PAGES), 16, sizes.sliding_window_size, sizes.attention_sink_size
+            PagePool(PAGES),
+            16,
+            sizes.sliding_window_size,
+            sizes.attention_sink_size,
+            states=StateSlots(PagePool(slots)) if slots else None,
         )
 
     def step(self, parts: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
@@ -207,6 +231,7 @@ WINDOW = ";sliding_window_size=150;attention_sink_size=20"
         ("q8f16_1", 0, None, "kv_cache_dtype=fp8" + WINDOW, "llama"),
         ("q0f16", 0, None, "kv_cache_dtype=f16", "qwen3"),
         ("q0f32", 0, None, "kv_cache_dtype=f32", "qwen2"),
+        ("q4f16_1", 1, "avx512", "kv_cache_dtype=f16", "qwen3_5_text"),
     ],
 )
 def test_nor_do_those_of_other_presets_and_cpus(
