@@ -2,8 +2,8 @@
 
 `scan_kernel` runs one block per sequence, head and 32 columns of the state, all tokens of the
 sequence one after the other. A column is shared out among `PARTS` lanes of a warp, which keep its
-elements in registers; what a token brings for the keys of a head lies in memory of the block, of
-which there are two copies, so that a token costs one barrier. Sums over the keys are made in the
+elements in registers; what a token brings for the keys of a head lies in memory of the block, and
+what the next one brings is on its way into registers meanwhile. Sums over the keys are made in the
 same order whatever else is in the step.
 
 Rows of the other two do not wait for each other: a thread computes one element. What sequences keep
@@ -105,7 +105,7 @@ def scan_kernel(shape: ScanShape) -> tirx.PrimFunc:
             strength = tokens.strength
             alone["strength"] = lambda row: strength[row, head]
         steps = -(-key_dim // THREADS)
-        staged = {name: shared(2, key_dim) for name in per_key}
+        staged = {name: shared(key_dim) for name in per_key}
         # Of the next token, on its way there.
         coming = {name: local(steps) for name in per_key} | {name: local(1) for name in alone}
         now = {name: local(1) for name in alone}
@@ -118,24 +118,24 @@ def scan_kernel(shape: ScanShape) -> tirx.PrimFunc:
             for name, of_row in alone.items():
                 put(coming[name], of_row(row), 0)
 
-        def stage(copy: Expr | int) -> None:
+        def stage() -> None:
             for step in range(steps):
                 i = step * THREADS + thread
                 with when(*([i < key_dim] if (step + 1) * THREADS > key_dim else [])):
                     for name in per_key:
-                        T.buffer_store(staged[name], coming[name][step], [copy, i])
+                        T.buffer_store(staged[name], coming[name][step], [i])
 
         load(first)
-        stage(0)
+        stage()
         with T.serial(count) as t:
-            row, copy = start + t, t % 2
+            row = start + t
             for name in alone:
                 put(now[name], coming[name][0], 0)
             T.evaluate(T.tvm_storage_sync("shared"))
             load(T.min(row + 1, tokens.q.shape[0] - 1))
 
             def brought(name: str, i: int) -> Expr:
-                return staged[name][copy, key(i)]
+                return staged[name][key(i)]
 
             def summed(place: int, term: Callable[[int], Expr]) -> None:
                 """sums[place]: of a term for each key feature, over all lanes of the column."""
@@ -171,7 +171,9 @@ def scan_kernel(shape: ScanShape) -> tirx.PrimFunc:
                 summed(total, lambda i: brought("q", i) * state[i])
             with when(part == 0, *present):
                 T.buffer_store(tokens.out, T.cast(sums[total], dtype), [row, head, at])
-            stage((t + 1) % 2)
+            # Other threads may still read what this token brought.
+            T.evaluate(T.tvm_storage_sync("shared"))
+            stage()
         for i in range(rows):
             with when(count > 0, *present, *exists(i)):
                 place = [slots.target(sequence), head, i * PARTS + part, at]
