@@ -167,7 +167,12 @@ def compare(
     given = {kind.spelling.get(key, key) for key, value in raw.items() if value is not None}
     known = WITHOUT_EFFECT | set(kind.model_fields) | set(kind.absent) | set(kind.spelling)
     given |= set(raw.get("rope_parameters") or ())
-    values = {key: value for key, value in raw.items() if value is not None}
+    # Null is a value where a family has a default of its own (`q_lora_rank`).
+    values = {
+        key: value
+        for key, value in raw.items()
+        if value is not None or hasattr(kind, f"absent_{key}")
+    }
     for key in values:
         ours = FIELDS.get(key)
         takes = ours in kind.model_fields or ours in known
@@ -281,11 +286,12 @@ def _compare_tensors(
     """Match tensors with what the family expects; the share of them that have the same name."""
     try:
         instance = model(config)
+        specs = instance.parameter_specs()
     except (AssertionError, TypeError, ValueError, KeyError, AttributeError, RelaxLMError):
         return 0.0
     twins = [
         name
-        for spec in instance.parameter_specs()
+        for spec in specs
         for source in spec.sources
         for name in source.twins
         if source.found_in(tensors).name != name

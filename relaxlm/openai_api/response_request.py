@@ -258,6 +258,7 @@ class ResponseRequest(IdentityFields):
 
     refused: ClassVar[Mapping[str, str]] = {
         "access_programs": "there are none",
+        "background_options": "responses are not made in the background",
         "context_management": "nothing is compacted: send a shorter input",
         "conversation": "nothing is stored: send the conversation as input",
         "image": "this model reads no images",
