@@ -123,7 +123,10 @@ class Mamba2Mixer(nn.Module):
         ends = [shape.width, shape.width + shape.groups * shape.state]
         v, k, q = op.split(mixed, ends, axis=-1)
         v = op.astype(op.reshape(v, (n, shape.heads, shape.head_dim)), "float32")
-        k, q = (op.reshape(part, (n, shape.groups, shape.state)) for part in (k, q))
+        k, q = (
+            op.astype(op.reshape(part, (n, shape.groups, shape.state)), "float32")
+            for part in (k, q)
+        )
         size = _limited(softplus(raw_step, self.dt_bias), *shape.step_limit)
         scaled = v * op.reshape(size, (n, shape.heads, 1))
         out = linear_scan(step, layer, q, k, scaled, step_decay(self.A_log, size))
