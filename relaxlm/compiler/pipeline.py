@@ -14,6 +14,7 @@ from relaxlm.compiler.kernels import (
     cuda_append,
     cuda_attention,
     cuda_encoder_attention,
+    cuda_latent_attention,
 )
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.add_peaks import AddPeaks
@@ -22,7 +23,7 @@ from relaxlm.compiler.passes.legalize_cpu import legalize_cpu
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_encoder_attention import LowerEncoderAttention
 from relaxlm.compiler.passes.lower_expert_matmul import LowerExpertMatmul
-from relaxlm.compiler.passes.lower_latent_attention import LowerLatentAttention
+from relaxlm.compiler.passes.lower_latent_attention import LatentKernels, LowerLatentAttention
 from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
 from relaxlm.compiler.passes.lower_matmul_cuda import LowerMatmulCUDA
 from relaxlm.compiler.passes.lower_paged_attention import (
@@ -30,6 +31,7 @@ from relaxlm.compiler.passes.lower_paged_attention import (
     LowerPagedAttention,
     cache_shape,
 )
+from relaxlm.compiler.passes.lower_routing_cuda import LowerRoutingCUDA
 from relaxlm.compiler.passes.schedule_cpu import schedule_cpu
 from relaxlm.compiler.passes.share_tensors import ShareTensors
 from relaxlm.compiler.passes.take_rows_early import TakeRowsEarly
@@ -46,6 +48,14 @@ ATTENTION = {
     "cuda": AttentionKernels(
         "cuda", cuda_append.page_tensors, cuda_append.append_kernel, cuda_attention.attend_kernel
     ),
+}
+
+
+LATENT_ATTENTION = {
+    kind: LatentKernels(
+        kind, kernels.append_kernel, kernels.attend_kernel, kernels.head_matmul_kernel
+    )
+    for kind, kernels in (("cpu", cpu_latent_attention), ("cuda", cuda_latent_attention))
 }
 
 
@@ -104,7 +114,11 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
                 FuseElementwiseCPU(lowering.config, lowering.kv_format),
             ]
             if lowering.kind == "cpu"
-            else [LowerMatmulCUDA(lowering.shared_memory), relax.transform.FuseTransposeMatmul()]
+            else [
+                LowerMatmulCUDA(lowering.shared_memory),
+                LowerRoutingCUDA(),
+                relax.transform.FuseTransposeMatmul(),
+            ]
         ),
         # The other operators: one loop nest per group.
         legalize_cpu() if lowering.kind == "cpu" else relax.transform.LegalizeOps(),
@@ -131,7 +145,15 @@ def _attention_pass(lowering: Lowering) -> tvm.transform.Pass:
         rounded = lowering.act_quant
         return LowerEncoderAttention(partial(cpu_encoder_attention.attend_kernel, rounded=rounded))
     if config.latent_cache is not None:
-        return LowerLatentAttention(config, lowering.kv_format, kind)
+        latent = LATENT_ATTENTION[kind]
+        if kind == "cuda":
+            limit = lowering.shared_memory
+            latent = replace(
+                latent,
+                attend=partial(latent.attend, shared_limit=limit),
+                head_matmul=partial(latent.head_matmul, shared_limit=limit),
+            )
+        return LowerLatentAttention(config, lowering.kv_format, latent)
     kernels = ATTENTION[kind]
     options: dict[str, int] = {"shared_limit": lowering.shared_memory}
     if kind == "cpu":

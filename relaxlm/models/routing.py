@@ -8,6 +8,9 @@ from tvm import te, tirx
 from tvm.ir import Expr
 from tvm.relax.frontend.nn import Tensor, op
 
+# Attribute of functions that search: what they do, for targets with kernels of their own.
+ROUTING = "relaxlm.routing"
+
 
 def _before(value: Expr, number: Expr, other: Expr, other_number: Expr) -> Expr:
     """Whether a score comes before another one: it is larger, or as large with a lower number."""
@@ -64,7 +67,8 @@ def choose(scores: Tensor, each: int) -> tuple[Tensor, Tensor]:
         chosen = te.compute((n, each), number, name="chosen_experts")
         return [te.compute((n, each), lambda i, j: p[i, chosen[i, j]], name="scores"), chosen]
 
-    return op.tensor_expr_op(compute, "choose_experts", [scores])
+    attrs = {ROUTING: f"choose {each}"}
+    return op.tensor_expr_op(compute, "choose_experts", [scores], attrs=attrs)
 
 
 def pick(scores: Tensor, chosen: Tensor) -> Tensor:
@@ -124,4 +128,5 @@ def limit_to_groups(
             name="limit_to_groups",
         )
 
-    return op.tensor_expr_op(compute, "limit_to_groups", [scores])
+    attrs = {ROUTING: f"limit {groups} {kept} {best} {otherwise}"}
+    return op.tensor_expr_op(compute, "limit_to_groups", [scores], attrs=attrs)

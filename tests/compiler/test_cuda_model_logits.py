@@ -10,10 +10,12 @@ import tvm
 from relaxlm import models
 from relaxlm.compiler import build
 from relaxlm.compiler.target import resolve_device
+from relaxlm.quantization.groupwise import FLOAT_DTYPES
+from relaxlm.quantization.schemes import Scheme, get_scheme
 from relaxlm.runtime import executor
 from tests import reference
 from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler, needs_cpu_memory
-from tests.models import parity
+from tests.models import parity, test_deepseek
 from tests.models.parity import Compiled, tiny_config
 
 pytestmark = [needs_compiler, needs_cpu_memory]
@@ -73,24 +75,45 @@ FAMILIES = {
         shared_expert_intermediate_size=24,
         norm_topk_prob=True,
     ),
+    # Latents, groups of experts.
+    "deepseek_v3": test_deepseek.VARIANTS["v3"],
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family_matches_the_cpu(cuda_models: Callable, family: str) -> None:
-    """tests/models compares the CPU with transformers."""
-    raw, rng = FAMILIES[family], np.random.default_rng(4)
-    params = {}
+def random_parameters(raw: dict, scheme: Scheme) -> dict[str, np.ndarray]:
+    """Stored name -> array, with no norm at 1."""
+    rng, stored = np.random.default_rng(4), {}
     for spec in models.parameter_specs(models.load_config(raw)):
-        norm = "norm" in spec.name
+        norm, quant = "norm" in spec.name, scheme.for_role(spec.role)
         values = rng.uniform(0.5, 1.5, spec.shape) if norm else rng.normal(0, 0.08, spec.shape)
-        params[spec.name] = values.astype(np.float32)
+        names = scheme.storage(spec)
+        arrays = list(quant.quantize(values).values()) if quant is not None else [values]
+        for (name, (_, dtype)), array in zip(names.items(), arrays, strict=True):
+            stored[name] = array.astype(FLOAT_DTYPES.get(dtype, dtype))
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "tolerance"),
+    [
+        ("qwen2_moe", "q0f32", 2e-6),
+        ("deepseek_v3", "q0f32", 2e-6),
+        # Activations in float16, and in float32 on the CPU.
+        ("deepseek_v3", "q4f16_1", 4e-3),
+    ],
+)
+def test_family_matches_the_cpu(
+    cuda_models: Callable, family: str, preset: str, tolerance: float
+) -> None:
+    """tests/models compares the CPU with transformers."""
+    raw = FAMILIES[family]
+    params = random_parameters(raw, get_scheme(preset))
     with cuda_models():
-        compiled = Compiled(raw, params, "q0f32")
+        compiled = Compiled(raw, params, preset)
         results = compiled.run([IDS, IDS[:9]], [6, 1, 13])
-    expected = Compiled(raw, params, "q0f32").run([IDS, IDS[:9]], [6, 1, 13])
+    expected = Compiled(raw, params, preset, opt="O2").run([IDS, IDS[:9]], [6, 1, 13])
     for ours, theirs in zip(results, expected, strict=True):
-        assert reference.relative_error(ours, theirs) < 2e-6
+        assert reference.relative_error(ours, theirs) < tolerance
 
 
 def test_fp8_cache_matches_the_cpu(cuda_models: Callable) -> None:

@@ -28,7 +28,7 @@ PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 # Families whose only matrices are q, k, v, o, gate, up, down, embedding and head.
 PLAIN = {"llama", "mistral", "qwen2", "qwen3"}
 # Whose kernels are there for CPUs only, so far.
-NOT_ON_CUDA = {"deepseek_v2", "deepseek_v3", "kimi_k2"}
+NOT_ON_CUDA: set[str] = set()
 
 
 def shallow(raw: Mapping) -> dict:

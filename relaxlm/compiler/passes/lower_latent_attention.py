@@ -10,20 +10,17 @@
         pages' = call_tir_inplace(append, (latent, k_rope, slots, pages))
         out = call_tir(attend, (q_latent, q_rope, positions, ..., pages'))
 
-The weights of `head_matmul` are read as they are stored. Runs before LegalizeOps, for CPUs only.
+The weights of `head_matmul` are read as they are stored. Runs before LegalizeOps.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from relaxlm.compiler.kernels.cpu_latent_attention import (
-    LatentShape,
-    append_kernel,
-    attend_kernel,
-    head_matmul_kernel,
-    page_tensors,
-)
+from relaxlm.compiler.kernels.cpu_latent_attention import LatentShape, page_tensors
 from relaxlm.compiler.passes.lower_paged_attention import add_copy_pages
 from relaxlm.compiler.passes.lower_state import lower_state_operator
 from relaxlm.compiler.passes.signature import PagedSignature
@@ -35,24 +32,29 @@ from relaxlm.models.latent import HEAD_MATMUL
 from relaxlm.quantization.kv_cache import KVFormat
 
 
+@dataclass(frozen=True)
+class LatentKernels:
+    """The kernels of one target: see `compiler/kernels/cpu_latent_attention.py`.
+
+    `head_matmul` is called with heads, outputs, inputs, and the dtypes of the weight and of x.
+    """
+
+    kind: str
+    append: Callable[[LatentShape, KVFormat, str], tirx.PrimFunc]
+    attend: Callable[..., tirx.PrimFunc]
+    head_matmul: Callable[..., tirx.PrimFunc]
+
+
 @tvm.transform.module_pass(opt_level=0, name="LowerLatentAttention")
 class LowerLatentAttention:
     """The pass.
 
-    Args:
-        kind: of the target.
-
     Raises:
-        UnsupportedError: a target, a cache format or a window that there are no kernels for.
+        UnsupportedError: a cache format or a window that there are no kernels for.
     """
 
-    def __init__(self, config: DecoderConfig, format: KVFormat, kind: str) -> None:
+    def __init__(self, config: DecoderConfig, format: KVFormat, kernels: LatentKernels) -> None:
         name = config.model_type
-        if kind != "cpu":
-            raise UnsupportedError(
-                f"{name}: latent attention is not supported on {kind}. Compile for the CPU: "
-                "--device cpu"
-            )
         if format.scaled:
             raise UnsupportedError(
                 f"{name}: kv_cache_dtype = {format.name} is not supported for latents, expected "
@@ -62,7 +64,7 @@ class LowerLatentAttention:
             raise UnsupportedError(
                 f"{name}: latent attention has no sliding windows; leave out sliding_window_size"
             )
-        self.config, self.format, self.kind = config, format, kind
+        self.config, self.format, self.kernels = config, format, kernels
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         assert self.config.latent_cache is not None
@@ -74,7 +76,7 @@ class LowerLatentAttention:
                 if any(param.name == "cache" for param in function.params):
                     rewriter.builder_.update_func(name, signature.rewrite(function, rewriter))
         mod = rewriter.builder_.finalize()
-        return add_copy_pages(mod, signature.page_type(), self.kind)
+        return add_copy_pages(mod, signature.page_type(), self.kernels.kind)
 
 
 @mutator
@@ -84,7 +86,7 @@ class _Rewriter(PyExprMutator):
     ) -> None:
         super().__init__(mod)
         self.mod, self.signature = mod, signature
-        self.format, self.kind = lowering.format, lowering.kind
+        self.format, self.kernels = lowering.format, lowering.kernels
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -95,7 +97,7 @@ class _Rewriter(PyExprMutator):
                 return self._attention(call)
             if call.args[0].global_symbol == HEAD_MATMUL:
                 return self._head_matmul(call)
-            lowered = lower_state_operator(call, self.builder_, self.signature, self.kind)
+            lowered = lower_state_operator(call, self.builder_, self.signature, self.kernels.kind)
             return call if lowered is None else lowered
         return call
 
@@ -108,7 +110,7 @@ class _Rewriter(PyExprMutator):
         # The append does not depend on the scale: one kernel for all layers.
         cache = LatentShape(heads, size, shape.rope, 0.0)
         append = self.builder_.add_func(
-            append_kernel(cache, self.format, dtype), "append_latents_to_pages"
+            self.kernels.append(cache, self.format, dtype), "append_latents_to_pages"
         )
         updated = self.builder_.emit(
             relax.call_tir_inplace(
@@ -116,7 +118,7 @@ class _Rewriter(PyExprMutator):
             )
         )
         attend = self.builder_.add_func(
-            attend_kernel(shape, self.format, dtype), "latent_attention"
+            self.kernels.attend(shape, self.format, dtype), "latent_attention"
         )
         names = ("row_offsets", "page_offsets", "page_ids", "kv_lengths")
         tables = [given.tables[name] for name in names]
@@ -132,6 +134,6 @@ class _Rewriter(PyExprMutator):
         (stored,) = weight.stored
         dtypes = (str(stored.ty.dtype), str(x.ty.dtype))
         kernel = self.builder_.add_func(
-            head_matmul_kernel(heads, outputs, inputs, *dtypes), "head_matmul"
+            self.kernels.head_matmul(heads, outputs, inputs, *dtypes), "head_matmul"
         )
         return relax.call_tir(kernel, [x, stored], call.ty)

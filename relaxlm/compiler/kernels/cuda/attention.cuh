@@ -63,7 +63,7 @@ __device__ __forceinline__ void attend(const typename S::T* __restrict__ q, Tabl
   float* scales = reinterpret_cast<float*>(stages + S::STAGES * S::STAGE_PIECES);
   for (int at = thread; at < S::ROWS * V::PIECES; at += S::THREADS) {
     const int r = at / V::PIECES, c = at % V::PIECES;
-    queries[r * V::PIECES + V::row_place(c, r)] =
+    queries[V::place(c, r)] =
         c * 8 < S::DIM ? *reinterpret_cast<const uint4*>(q + size_t(step_row(r)) * S::DIM + c * 8)
                        : make_uint4(0, 0, 0, 0);
   }
@@ -72,10 +72,9 @@ __device__ __forceinline__ void attend(const typename S::T* __restrict__ q, Tabl
       const int slot = step % S::STAGES;
       uint4* stage = stages + slot * S::STAGE_PIECES;
       const int token = range.token(step), limit = range.limit(step);
-      keys.template fetch<T, V, S::TOKENS, S::THREADS, true>(stage, pages, kv_head, token, limit,
-                                                             thread);
-      values.template fetch<T, V, S::TOKENS, S::THREADS, false>(
-          stage + S::TOKENS * V::PIECES, pages, kv_head, token, limit, thread);
+      keys.template fetch<T, V, S::TOKENS, S::THREADS>(stage, pages, kv_head, token, limit, thread);
+      values.template fetch<T, V, S::TOKENS, S::THREADS>(stage + S::TOKENS * V::PIECES, pages,
+                                                         kv_head, token, limit, thread);
       if constexpr (is_scaled<typename S::Stored>) {
         float* own = scales + slot * 2 * S::TOKENS;
         keys.template fetch_scales<S::TOKENS, S::THREADS>(own, pages, kv_head, token, limit,
@@ -111,8 +110,7 @@ __device__ __forceinline__ void attend(const typename S::T* __restrict__ q, Tabl
       load_rows<V>(queries, my_rows, c, g, quad, a);
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
-        const int t = my_tokens + j * 8 + g;
-        const uint4 b = stage[t * V::PIECES + V::row_place(c + quad, t)];
+        const uint4 b = stage[V::place(c + quad, my_tokens + j * 8 + g)];
         multiply(weights[j], a[0], b.x, b.y, T());
         multiply(weights[j], a[1], b.z, b.w, T());
       }
@@ -172,7 +170,7 @@ __device__ __forceinline__ void attend(const typename S::T* __restrict__ q, Tabl
 #pragma unroll
       for (int d = 0; d < DT; d += 2) {
         u32 b[4];
-        load_transposed(b, value_rows + t * V::PIECES + V::column_place(d + lane / 16, t));
+        load_transposed(b, value_rows + V::place(d + lane / 16, t));
         multiply(sums[d], a, b[0], b[1], T());
         multiply(sums[d + 1], a, b[2], b[3], T());
       }

@@ -1,8 +1,9 @@
 // Cached vectors on their way to shared memory, as T.
 //
 // A vector of DIM values is there in pieces of 8, DIM rounded up to 32 and filled with zeros. Pieces
-// are put where the 8 lanes that shared memory serves at a time find them in different banks: by
-// rows, lanes 4 g + q take piece q of row g; by columns, `load_transposed` takes a piece of 8 rows.
+// are put where the 8 lanes that shared memory serves at a time find them in different banks, whether
+// they take four pieces of two rows, as left and right operands are read, or one piece of eight rows,
+// as `load_transposed` reads.
 #ifndef RELAXLM_CACHED
 #define RELAXLM_CACHED
 #include "weights.cuh"
@@ -13,11 +14,10 @@ template <int DIM>
 struct Vectors {
   static constexpr int PIECES = (DIM + 31) / 32 * 4;
 
-  static __device__ __forceinline__ int row_place(int c, int row) {
-    return PIECES % 8 == 0 ? c ^ (row & 1) << 2 : c;
-  }
-  static __device__ __forceinline__ int column_place(int c, int row) {
-    return PIECES % 8 == 0 ? c ^ (row & 7) : c ^ (row >> 1 & 3);
+  // Where piece c of a row is.
+  static __device__ __forceinline__ int place(int c, int row) {
+    const int pair = row >> 1 & 3;
+    return row * PIECES + (PIECES % 8 == 0 ? c ^ ((row & 1) << 2 | pair) : c ^ pair);
   }
 };
 
@@ -26,8 +26,7 @@ template <class V>
 __device__ __forceinline__ void load_rows(const uint4* rows, int first, int c, int g, int quad,
                                           u32 (&a)[2][4]) {
   const int upper = first + g, lower = upper + 8;
-  const uint4 x = rows[upper * V::PIECES + V::row_place(c + quad, upper)];
-  const uint4 y = rows[lower * V::PIECES + V::row_place(c + quad, lower)];
+  const uint4 x = rows[V::place(c + quad, upper)], y = rows[V::place(c + quad, lower)];
   a[0][0] = x.x, a[0][1] = y.x, a[0][2] = x.y, a[0][3] = y.y;
   a[1][0] = x.z, a[1][1] = y.z, a[1][2] = x.w, a[1][3] = y.w;
 }
@@ -74,16 +73,15 @@ struct Cached {
     return (size_t(page_ids[token / 16]) * heads + head) * 16 + token % 16;
   }
 
-  // Tokens `token` .. + TOKENS of a head, zeros from `limit` on. ROWS: placed by rows.
-  template <typename T, class V, int TOKENS, int THREADS, bool ROWS>
+  // Tokens `token` .. + TOKENS of a head, zeros from `limit` on.
+  template <typename T, class V, int TOKENS, int THREADS>
   __device__ __forceinline__ void fetch(uint4* to, const int* page_ids, int head, int token,
                                         int limit, int thread) const {
 #pragma unroll 4
     for (int at = thread; at < TOKENS * V::PIECES; at += THREADS) {
       const int t = at / V::PIECES, c = at % V::PIECES;
       const bool there = token + t < limit && c * 8 < dim;
-      uint4* place =
-          to + t * V::PIECES + (ROWS ? V::row_place(c, t) : V::column_place(c, t));
+      uint4* place = to + V::place(c, t);
       const Stored* from = pages + (there ? line(page_ids, head, token + t) * dim + c * 8 : 0);
       if constexpr (Same<T, Stored>::value)
         copy_async(place, from, there);

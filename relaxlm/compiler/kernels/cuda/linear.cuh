@@ -71,6 +71,21 @@ __device__ __forceinline__ void linear(const typename F::T* __restrict__ x,
            shared);
 }
 
+// out [m, heads, N] = x [m, heads, K] times each head's own matrix of values [heads, N, K].
+template <class F, class Way, int ROWS, int TOKENS>
+__device__ __forceinline__ void head_linear(const typename F::T* __restrict__ x,
+                                            const void* __restrict__ values,
+                                            typename F::T* __restrict__ out, unsigned char* shared,
+                                            int m, int heads, int N, int K, int tile,
+                                            int tile_of_x, int head) {
+  typedef typename F::T T;
+  const int first = tile_of_x * TOKENS;
+  const Matrix<F> matrix = Matrix<F>{values, nullptr, N, K}.number(head);
+  const Output<T, T, false, false> output = {out, nullptr, nullptr, nullptr, N};
+  Way::run(x, matrix, {nullptr, first, min(TOKENS, m - first), 1, heads, head}, tile * ROWS, 0, 1,
+           output, shared);
+}
+
 template <bool BIAS, bool RESIDUAL, typename Out, typename B>
 __device__ __forceinline__ void add_parts(const float* __restrict__ partial,
                                           const B* __restrict__ bias,

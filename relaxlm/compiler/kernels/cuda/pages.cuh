@@ -15,7 +15,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 // Below any score, but finite: a row that sees nothing must not give inf - inf.
 constexpr float NO_SCORE = -1e30f;
 
-// Of a step (docs/architecture.md).
+// Of a step (docs/architecture.md). dropped: null where no page ever is.
 struct Tables {
   const int *positions, *row_offsets, *page_offsets, *page_ids, *kv_lengths, *dropped;
   int batch;

@@ -11,12 +11,8 @@
 
 namespace relaxlm {
 
-// Floats of shared memory: [4 warps, SHARE] states and values.
-template <int VALUES, int SHARE>
-constexpr int plain_floats = 4 * SHARE * (VALUES + 2);
-
 // query: (row of the step, element) -> float. Values are the first VALUES elements of `values`,
-// which may be the keys themselves.
+// which may be the keys themselves. shared: [4 warps, SHARE, VALUES + 2] floats.
 template <typename T, typename Stored, int DIM, int VALUES, int SHARE, class Query>
 __device__ __forceinline__ void attend_plain(const Query& query, Tables tables,
                                              Cached<Stored> keys, Cached<Stored> values, View view,
@@ -30,7 +26,8 @@ __device__ __forceinline__ void attend_plain(const Query& query, Tables tables,
     const int half = (sequence + behind) / 2;
     (tables.row_offsets[half] <= token ? sequence : behind) = half;
   }
-  const int position = tables.positions[token], gap = tables.dropped[sequence];
+  const int position = tables.positions[token];
+  const int gap = tables.dropped ? tables.dropped[sequence] : 0;
   const Range<PAGE> range(view, position, position, tables.kv_lengths[sequence], gap);
   const int each = (range.steps + parts - 1) / parts;
   const int begin = results.part * each, end = min(begin + each, range.steps);

@@ -24,11 +24,14 @@ struct Matrix {
 
 // Which rows of x a block takes, and which rows of the result they give.
 struct Rows {
-  const int* order;  // null: they follow each other
+  const int* order;  // null: they follow each other, `step` rows apart from number `offset` on
   int first, count;
   int repeat;  // rows of the result for each row of x
+  int step = 1, offset = 0;
 
-  __device__ __forceinline__ int out(int i) const { return order ? order[first + i] : first + i; }
+  __device__ __forceinline__ int out(int i) const {
+    return order ? order[first + i] : (first + i) * step + offset;
+  }
   __device__ __forceinline__ int in(int i) const { return out(i) / repeat; }
 };
 
