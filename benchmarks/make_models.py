@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from family_shapes import FAMILIES
+
+from relaxlm.models import load_config, parameter_specs
 
 PEERS = ("llama.cpp", "openvino", "onnxruntime")
 PRESET = "q4f16_1"
@@ -81,27 +84,8 @@ TEMPLATE = (
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The checkpoint's tensors: name -> shape, [out, in] for matrices."""
-    hidden, mid = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    dim = config.get("head_dim", hidden // heads)
-    bias = config["model_type"] == "qwen2"
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config["vocab_size"], hidden)
-    }
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}."
-        shapes[layer + "input_layernorm.weight"] = (hidden,)
-        for name, rows in (("q", heads * dim), ("k", kv_heads * dim), ("v", kv_heads * dim)):
-            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, hidden)
-            if bias:
-                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
-        shapes[layer + "self_attn.o_proj.weight"] = (hidden, heads * dim)
-        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[layer + "mlp.gate_proj.weight"] = (mid, hidden)
-        shapes[layer + "mlp.up_proj.weight"] = (mid, hidden)
-        shapes[layer + "mlp.down_proj.weight"] = (hidden, mid)
-    shapes["model.norm.weight"] = (hidden,)
-    return shapes
+    specs = parameter_specs(load_config(config))
+    return {source.name: source.shape for spec in specs for source in spec.sources}
 
 
 def write_weights(config: dict[str, Any], path: Path) -> None:
@@ -120,7 +104,7 @@ def write_weights(config: dict[str, Any], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             values = rng.standard_normal(shape, np.float32) * np.float32(STD)
-            if name.endswith("norm.weight"):
+            if len(shape) == 1 and name.endswith("weight"):  # of a norm
                 values += 1
             file.write(values.astype(np.float16).tobytes())
 
@@ -188,13 +172,23 @@ def write_tokenizer(config: dict[str, Any], folder: Path) -> None:
         "eos_token": EOS,
         "chat_template": TEMPLATE,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": config["max_position_embeddings"],
+        "model_max_length": load_config(config).max_position_embeddings,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
+def configuration(name: str) -> dict[str, Any]:
+    """config.json of one of MODELS or FAMILIES; "NAME@3" has three layers of it."""
+    name, _, layers = name.partition("@")
+    config = MODELS.get(name) or {"torch_dtype": "float16", **FAMILIES[name]}
+    if layers:
+        (depth,) = {"num_hidden_layers", "n_layer"} & set(config)
+        config = {**config, depth: int(layers)}
+    return config
+
+
 def make_checkpoint(name: str, folder: Path) -> None:
-    config = MODELS[name]
+    config = configuration(name)
     ids = {"bos_token_id": config["vocab_size"] - 2, "eos_token_id": config["vocab_size"] - 1}
     content = json.dumps({**config, **ids}, indent=2)
     (folder / "config.json").write_text(content + "\n")
@@ -262,7 +256,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output", type=Path, help="folder for all models")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        help=f"of {', '.join((*MODELS, *FAMILIES))}; NAME@3 has three layers",
+    )
     parser.add_argument(
         "--forms",
         nargs="+",

@@ -19,6 +19,7 @@ from relaxlm.compiler.kernels import (
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.add_peaks import AddPeaks
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
+from relaxlm.compiler.passes.fuse_rope_cpu import FuseRopeCPU
 from relaxlm.compiler.passes.legalize_cpu import legalize_cpu
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_encoder_attention import LowerEncoderAttention
@@ -111,7 +112,8 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         *(
             [
                 LowerMatmulCPU(lowering.act_quant, lowering.batch_invariant),
-                FuseElementwiseCPU(lowering.config, lowering.kv_format),
+                FuseRopeCPU(lowering.kv_format),
+                FuseElementwiseCPU(),
             ]
             if lowering.kind == "cpu"
             else [

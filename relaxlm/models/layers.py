@@ -26,6 +26,9 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: op.square(op.relu(x)),
 }
 
+# What says of a loop nest that it is a layer norm: eps, shift, whether it has a weight and a bias.
+LAYER_NORM = "relaxlm.layer_norm"
+
 # Makes a norm from a size and an epsilon.
 Norm = Callable[[int, float], nn.Module]
 
@@ -101,7 +104,8 @@ def layer_norm(
 
         return te.compute(x.shape, element, name="layer_norm")
 
-    return op.tensor_expr_op(compute, "layer_norm", [x, *given])
+    attributes = {LAYER_NORM: f"{eps} {shift} {int(weight is not None)} {int(bias is not None)}"}
+    return op.tensor_expr_op(compute, "layer_norm", [x, *given], attrs=attributes)
 
 
 def _square(value):

@@ -36,7 +36,7 @@ def matmul_kernel(matrix: StoredMatrix, gated: bool = False) -> tvm.tirx.PrimFun
         scale = tensor("scale", matrix.scale_shape, matrix.dtype)
         width = cpu_amx.row_words(matrix.n // 2) if gated else matrix.n
         out = tensor("out", (m, width), "int32" if gated else "float32")
-        cpu_amx.emit_matmul(matrix, "amx", m, packed, weight, scale, out, gated)
+        cpu_amx.emit_matmul(matrix, "amx", m, packed, weight, scale, out, "silu" if gated else None)
 
     return emit(body, cpu_amx.imports(matrix, "amx"))
 

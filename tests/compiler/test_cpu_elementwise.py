@@ -1,4 +1,4 @@
-"""Norms, activations and rotary embeddings on CPUs against float64 NumPy."""
+"""Sums, activations and norms on CPUs against float64 NumPy."""
 
 import math
 
@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import tvm
 
-from relaxlm.compiler.kernels import cpu_append
-from relaxlm.compiler.kernels.attention import AttentionShape
-from relaxlm.compiler.kernels.cpu_elementwise import (
-    SERIAL,
-    gelu_kernel,
-    norm_kernel,
-    silu_mul_kernel,
+from relaxlm.compiler.kernels.activations import ACTIVATIONS
+from relaxlm.compiler.kernels.cpu_elementwise import SERIAL, Input, RowKernel, gated, row_kernel
+from relaxlm.compiler.kernels.packed import pack_kernel
+from relaxlm.compiler.kernels.rounding import Rounding
+from relaxlm.compiler.kernels.row_expression import (
+    Activation,
+    Binary,
+    Matrix,
+    Norm,
+    Normed,
+    Number,
+    Vector,
 )
-from relaxlm.compiler.kernels.cpu_rope import RopeOptions, rope_append_kernel
-from relaxlm.quantization.kv_cache import KV_FORMATS
 from tests.compiler.test_cpu_attention import build
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -32,18 +35,108 @@ def normed(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype("float64")
 
 
+def layer_normed(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    x = x.astype("float64")
+    x = x - x.mean(-1, keepdims=True)
+    return normed(x, np.ones(x.shape[-1]), eps) * weight.astype("float64") + bias
+
+
+def run(kernel: RowKernel, *arrays: np.ndarray, rows: int) -> list[np.ndarray]:
+    outputs = [np.zeros((rows, kernel.size), "float32") for _ in range(kernel.keep + kernel.plain)]
+    if kernel.rounding is not None:
+        outputs.append(np.zeros((rows, kernel.rounding.row_words), "int32"))
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in (*arrays, *outputs)]
+    build(row_kernel(kernel))(*tensors)
+    return [tensor.numpy() for tensor in tensors[len(arrays) :]]
+
+
+SUM = Binary("add", Matrix(0), Matrix(1))
+
+
 # One row, a few rows, and enough for several threads.
 @pytest.mark.parametrize("rows", [1, 3, SERIAL // 20 + 1])
 @pytest.mark.parametrize(("size", "dtype"), [(64, "float16"), (20, "float32"), (7, "float32")])
 def test_norm(size: int, dtype: str, rows: int) -> None:
     x, y, weight = random(rows, size), random(rows + 1, size)[1:], random(size).astype(dtype)
-    out, total = (tvm.runtime.tensor(np.zeros((rows, size), "float32")) for _ in range(2))
-    arrays = [tvm.runtime.tensor(array) for array in (x, y, weight)]
-    build(norm_kernel(size, 1e-3, dtype, False))(arrays[0], arrays[2], out)
-    np.testing.assert_allclose(out.numpy(), normed(x, weight, 1e-3), rtol=2e-6, atol=1e-7)
-    build(norm_kernel(size, 1e-3, dtype, True))(*arrays, total, out)
-    np.testing.assert_array_equal(total.numpy(), x + y)
-    np.testing.assert_allclose(out.numpy(), normed(x + y, weight, 1e-3), rtol=2e-6, atol=1e-6)
+    given = (Input(size), Input(size, dtype, is_vector=True))
+    kernel = RowKernel(size, given, Matrix(0), Norm("rms", 1e-3, Vector(1)))
+    (out,) = run(kernel, x, weight, rows=rows)
+    np.testing.assert_allclose(out, normed(x, weight, 1e-3), rtol=2e-6, atol=1e-7)
+    given = (Input(size), Input(size), Input(size, dtype, is_vector=True))
+    kernel = RowKernel(size, given, SUM, Norm("rms", 1e-3, Vector(2)), keep=True)
+    total, out = run(kernel, x, y, weight, rows=rows)
+    np.testing.assert_array_equal(total, x + y)
+    np.testing.assert_allclose(out, normed(x + y, weight, 1e-3), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 900])
+@pytest.mark.parametrize("size", [64, 20])
+def test_layer_norm(size: int, rows: int) -> None:
+    x, y = random(rows, size) + 30, random(rows + 1, size)[1:]  # digits are lost in squares
+    weight, bias = random(size).astype("float16"), random(2 * size)[size:].astype(BFLOAT16)
+    vectors = (Input(size, "float16", True), Input(size, "bfloat16", True))
+    norm = Norm("layer", 1e-3, Vector(2), Vector(3), shift=0.5)
+    kernel = RowKernel(size, (Input(size), Input(size), *vectors), SUM, norm, keep=True)
+    total, out = run(kernel, x, y, weight, bias, rows=rows)
+    np.testing.assert_array_equal(total, x + y)
+    expected = layer_normed(total, weight + np.float32(0.5), bias.astype("float64"), 1e-3)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+    bare = RowKernel(size, (Input(size),), Matrix(0), Norm("layer", 1e-3, None))
+    expected = layer_normed(x, np.ones(size), np.zeros(size), 1e-3)
+    np.testing.assert_allclose(run(bare, x, rows=rows)[0], expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 400])
+def test_a_norm_within_a_sum_before_a_norm(rows: int) -> None:
+    size = 48
+    x, y = random(rows, size), random(rows + 1, size)[1:]
+    inner, scale, weight = (random(n * size)[-size:] for n in (1, 2, 3))
+    vectors = (Input(size, "float32", True),) * 3
+    value = Binary(
+        "add",
+        Matrix(0),
+        Binary(
+            "multiply",
+            Normed(Binary("add", Matrix(1), Vector(2)), Norm("rms", 1e-2, Vector(3))),
+            Number(0.25),
+        ),
+    )
+    kernel = RowKernel(
+        size,
+        (Input(size), Input(size), *vectors),
+        value,
+        Norm("rms", 1e-3, Vector(4)),
+        keep=True,
+    )
+    total, out = run(kernel, x, y, inner, scale, weight, rows=rows)
+    expected = x + 0.25 * normed(y + inner, scale, 1e-2)
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out, normed(expected, weight, 1e-3), rtol=1e-5, atol=1e-5)
+
+
+ERF = np.vectorize(math.erf)
+EXACT = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * 0.5 * (1 + ERF(x / 2**0.5)),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "square": lambda x: x * x,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str) -> None:
+    x = np.concatenate([np.linspace(-12, 12, 4001), np.logspace(-30, 3, 500)])
+    x = np.concatenate([x, -x[-500:], [0.0] * (-(len(x) + 500) % 16)]).astype("float32")[None]
+    kernel = RowKernel(x.shape[1], (Input(x.shape[1]),), Activation(name, Matrix(0)))
+    with np.errstate(over="ignore"):
+        expected = EXACT[name](x.astype("float64"))
+    (found,) = run(kernel, x, rows=1)
+    # float32 does not have the digits that 1 + erf cancels, nor the exponents of exp(-88).
+    absolute = {"gelu": 1e-6, "gelu_tanh": 3e-7}.get(name, 1e-20)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=absolute)
 
 
 @pytest.mark.parametrize("rows", [1, 3, SERIAL // 24 + 1])
@@ -51,80 +144,46 @@ def test_norm(size: int, dtype: str, rows: int) -> None:
 def test_silu_mul(size: int, rows: int) -> None:
     x = random(rows, 2 * size)
     x[0, :6] = [-1e4, -130, -90, 90, 130, 1e4]  # far beyond what exp2 has an exponent for
-    out = tvm.runtime.tensor(np.zeros((rows, size), "float32"))
-    build(silu_mul_kernel(size))(tvm.runtime.tensor(x), out)
+    (out,) = run(gated(size), x, rows=rows)
     gate, up = x[:, :size].astype("float64"), x[:, size:]
     with np.errstate(over="ignore"):
         expected = gate / (1 + np.exp(-gate)) * up
-    np.testing.assert_allclose(out.numpy(), expected, rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(128, "float16"), (24, None), (7, "float32")], ids=str)
-@pytest.mark.parametrize("rows", [1, SERIAL // 24 + 1])
-def test_gelu(size: int, dtype: str | None, rows: int) -> None:
-    x = random(rows, size)
-    x[0, :7] = [-1e4, -12, -3, 1e-6, 3, 12, 1e4]
-    bias = [] if dtype is None else [random(size).astype(dtype)]
-    out = tvm.runtime.tensor(np.zeros((rows, size), "float32"))
-    build(gelu_kernel(size, dtype))(*map(tvm.runtime.tensor, (x, *bias)), out)
-    whole = x if dtype is None else x + bias[0].astype("float32")
-    normal = 0.5 * (1 + np.vectorize(math.erf)(whole.astype("float64") / math.sqrt(2)))
-    np.testing.assert_allclose(out.numpy(), whole * normal, rtol=1e-6, atol=1e-6)
-
-
-def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    a, b = np.split(x.astype("float64"), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-@pytest.mark.parametrize("tokens", [1, 21])
-@pytest.mark.parametrize("format", KV_FORMATS.values(), ids=KV_FORMATS)
-@pytest.mark.parametrize(
-    ("head_dim", "bias", "norm"),
-    [(64, None, None), (20, "float16", None), (8, None, "float32"), (80, "bfloat16", "float16")],
-    ids=str,
-)
-def test_rope_and_append(head_dim, bias, norm, format, tokens) -> None:
-    shape = AttentionShape(6, 2, head_dim, window=0, sinks=0, scale=0.0)
-    numpy = {"bfloat16": BFLOAT16}
-    x = random(tokens, 10 * head_dim)
-    angles = random(tokens, head_dim // 2)
-    cos, sin = np.cos(angles), np.sin(angles)
-    slots = np.random.default_rng(1).permutation(16 * 4)[:tokens].astype("int32")
-    extras = [random(10 * head_dim).astype(numpy.get(bias, bias))] if bias else []
-    weights = [random(n * head_dim)[-head_dim:].astype(norm) for n in (1, 2)] if norm else []
-
-    heads = (x + (extras[0].astype("float32") if bias else 0)).reshape(tokens, 10, head_dim)
-    q, k, v = heads[:, :6], heads[:, 6:8], heads[:, 8:]
-    if norm:
-        q, k = normed(q, weights[0], 1e-5), normed(k, weights[1], 1e-5)
-    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
-
-    def pages() -> list:
-        return [
-            tvm.runtime.tensor(
-                np.zeros((4, *tensor.page_shape), numpy.get(tensor.dtype, tensor.dtype))
-            )
-            for tensor in cpu_append.page_tensors(shape, format)
-        ]
-
-    found, expected = pages(), pages()
-    inputs = (tvm.runtime.tensor(array) for array in (x, cos, sin, slots, *extras, *weights))
-    out = tvm.runtime.tensor(np.zeros((tokens, 6, head_dim), "float32"))
-    options = RopeOptions(bias, norm, 1e-5)
-    build(rope_append_kernel(shape, format, options))(*inputs, *found, out)
-    np.testing.assert_allclose(out.numpy(), q, rtol=1e-5, atol=1e-5)
-
-    # What the plain kernel, tested with attention, makes of the same keys and values.
-    kv = (tvm.runtime.tensor(part.astype("float32")) for part in (k, v))
-    build(cpu_append.append_kernel(shape, format, "float32"))(
-        *kv, tvm.runtime.tensor(slots), *expected
+@pytest.mark.parametrize("rows", [1, 5])
+def test_long_rows_are_split(rows: int) -> None:
+    size = 30_000
+    kernel = RowKernel(
+        size,
+        (Input(size), Input(size + 8, is_vector=True)),
+        Binary(
+            "subtract",
+            Binary("divide", Activation("square", Matrix(0)), Number(3.0)),
+            Binary("multiply", Vector(1, first=8), Matrix(0)),
+        ),
     )
-    for ours, theirs in zip(found, expected, strict=True):
-        if str(ours.dtype) == "uint8":  # neighbours of a rounding boundary may differ by a code
-            assert np.abs(ours.numpy().astype(int) - theirs.numpy()).max() <= 1
-        else:
-            near, far = (tensor.numpy().astype("float32") for tensor in (ours, theirs))
-            tolerance = {"float32": 1e-5, "float16": 1e-3}.get(str(ours.dtype), 1e-2)
-            np.testing.assert_allclose(near, far, rtol=tolerance, atol=tolerance)
+    assert size % kernel.piece == 0 and 1000 < kernel.piece <= 8192
+    x, y = random(rows, size), random(size + 8)
+    (found,) = run(kernel, x, y, rows=rows)
+    expected = x.astype("float64") ** 2 / 3 - y[8:].astype("float64") * x
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_result_is_written_rounded_and_as_it_is(rows: int) -> None:
+    size, isa = 96, "avx2"
+    x, y, weight = random(rows, size), random(rows + 1, size)[1:], random(size)
+    given = (Input(size), Input(size), Input(size, is_vector=True))
+    norm, rounding = Norm("rms", 1e-3, Vector(2)), Rounding(size, isa)
+    for plain in (False, True):
+        kernel = RowKernel(size, given, SUM, norm, True, plain, rounding)
+        total, *normed_, packed = run(kernel, x, y, weight, rows=rows)
+        np.testing.assert_array_equal(total, x + y)
+        only = RowKernel(size, given, SUM, norm, True)
+        _, result = run(only, x, y, weight, rows=rows)
+        for found in normed_:
+            np.testing.assert_array_equal(found, result)
+        expected = tvm.runtime.tensor(np.zeros_like(packed))
+        build(pack_kernel(size, isa))(tvm.runtime.tensor(result), expected)
+        np.testing.assert_array_equal(packed, expected.numpy())

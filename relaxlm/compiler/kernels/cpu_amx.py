@@ -11,7 +11,7 @@ in the first-level cache, x streams from the second. Tile instructions leave the
 so between them the next panel is filled, and the sums of the tiles before are added up and stored.
 
 Of a gated matrix, the first half of whose rows gates the second, a panel holds 16 rows of each
-half, so that what a tile's row stores is silu(gate) * up of 16 columns, rounded for the next
+half, so that what a tile's row stores is act(gate) * up of 16 columns, rounded for the next
 matmul: a quarter of the bytes that both would take, and they need not come back from memory.
 """
 
@@ -23,6 +23,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels import tuning
+from relaxlm.compiler.kernels.activations import ACTIVATIONS
 from relaxlm.compiler.kernels.builder import emit, flat, length, scratch, tensor
 from relaxlm.compiler.kernels.cpu_amx_fill import (
     FILL,
@@ -36,7 +37,7 @@ from relaxlm.compiler.kernels.cpu_amx_fill import (
 )
 from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.stored import StoredMatrix
-from relaxlm.compiler.kernels.vector import silu, to_float32, vector
+from relaxlm.compiler.kernels.vector import to_float32, vector
 
 # Elements of K that one tile instruction multiplies; a group of 4-bit weights.
 DEPTH = 32
@@ -169,7 +170,7 @@ class Blocks:
 
 
 def supports_gated(matrix: StoredMatrix, isa: Isa) -> bool:
-    """Whether silu(x @ W1.T) * (x @ W2.T) can be computed here for W = [W1, W2]."""
+    """Whether act(x @ W1.T) * (x @ W2.T) can be computed here for W = [W1, W2]."""
     return supports(matrix, isa) and matrix.n % (2 * DEPTH) == 0
 
 
@@ -181,7 +182,7 @@ def emit_matmul(
     weight: tirx.Buffer,
     scale: tirx.Buffer | None,
     out: tirx.Buffer,
-    gated: bool = False,
+    gate: str | None = None,
 ) -> None:
     """Emit out = x @ W.T.
 
@@ -189,14 +190,14 @@ def emit_matmul(
         m: rows of x, int64, at least 1.
         packed: [m, at least row_words(K)] int32, of the form "bf16".
         weight, scale: the stored matrix.
-        out: [m, N] float32; if `gated`, [m, at least row_words(N / 2)] int32, of the form "bf16".
-        gated: whether the first half of the outputs gates the second.
+        out: [m, N] float32; with `gate`, [m, at least row_words(N / 2)] int32, of the form "bf16".
+        gate: the activation by which the first half of the outputs gates the second.
     """
-    assert (supports_gated if gated else supports)(matrix, isa) and scale is not None, matrix
+    assert (supports_gated if gate else supports)(matrix, isa) and scale is not None, matrix
     blocks = Blocks(matrix.n, matrix.groups)
     task_rows = tuning.current().task_rows
     with T.parallel((m + task_rows - 1) // task_rows * blocks.tasks) as task:
-        _Task(matrix, blocks, m, packed, flat(weight), flat(scale), out, task, gated).emit()
+        _Task(matrix, blocks, m, packed, flat(weight), flat(scale), out, task, gate).emit()
 
 
 class _Task:
@@ -216,14 +217,14 @@ class _Task:
         scales: tirx.Buffer,
         out: tirx.Buffer,
         task: Expr,
-        gated: bool,
+        gate: str | None,
     ) -> None:
-        self.matrix, self.blocks, self.m, self.gated = matrix, blocks, m, gated
+        self.matrix, self.blocks, self.m, self.gate = matrix, blocks, m, gate
         self.width = packed.shape[1]
         self.x = T.decl_buffer((m * self.width,), "int32", data=packed.data)
         self.out_width = out.shape[1]
-        stored = 2 * self.out_width if gated else self.out_width
-        self.out = T.decl_buffer((m * stored,), "uint16" if gated else "float32", data=out.data)
+        stored = 2 * self.out_width if gate else self.out_width
+        self.out = T.decl_buffer((m * stored,), "uint16" if gate else "float32", data=out.data)
         self.words, self.scales = words, scales
         self.task_rows = tuning.current().task_rows
         self.first_row = task // blocks.tasks * self.task_rows
@@ -289,7 +290,7 @@ class _Task:
     def _column(self, stage: Expr, half: Expr | int) -> Expr:
         """The first of 16 rows of W; those beyond the last are others again."""
         panel = self.first_panel + stage % self.panels
-        if self.gated:
+        if self.gate:
             return panel * LINE_WORDS + half * (self.matrix.n // 2)
         return T.min(panel * PANEL + half * LINE_WORDS, self.matrix.n - LINE_WORDS)
 
@@ -443,8 +444,9 @@ class _Task:
 
     def _store(self, stage: Expr, row: Expr, sums: list[Expr]) -> None:
         """Write a row of outputs of both halves of a panel."""
-        if self.gated:
-            value = _bfloat16(silu(sums[0], LINE_WORDS) * sums[1], LINE_WORDS)
+        if self.gate:
+            activated = ACTIVATIONS[self.gate](sums[0], LINE_WORDS)
+            value = _bfloat16(activated * sums[1], LINE_WORDS)
             at = _place(row, self._column(stage, 0), self.m, self.out_width)
             T.buffer_store(self.out, value, [_ramp(at, LINE_WORDS)])
             return

@@ -1,8 +1,9 @@
-"""From the product with the fused q, k, v matrix to rotated queries and pages, in one kernel."""
+"""From the products that are q, k and v to rotated queries and pages, in one kernel."""
 
 import functools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -11,11 +12,13 @@ from tvm.script.ir_builder import tirx as T
 from relaxlm.compiler.kernels.attention import AttentionShape
 from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
 from relaxlm.compiler.kernels.cpu_append import PageWriter
+from relaxlm.compiler.kernels.cpu_elementwise import emit_statistics, normalize, span
+from relaxlm.compiler.kernels.row_expression import Expression, Norm, Vector
 from relaxlm.compiler.kernels.vector import (
     multiply_add,
-    reduce_sum,
     reduce_sum_ir,
     splat,
+    spread,
     to_float32,
     vector,
 )
@@ -27,17 +30,27 @@ SERIAL = 65536
 
 @dataclass(frozen=True)
 class RopeOptions:
-    """What happens to q, k and v on the way.
+    """Where q, k and v are, and what happens to them on the way.
 
     Attributes:
-        bias: dtype of a bias on the product; None for none.
+        widths: of the products that they are part of: one, or up to three.
+        places: of q, k and v: the number of a product, and the first of its columns.
+        biases: dtype of a bias on each product; None for none.
         norm: dtype of the weights of a norm on each query and key head; None for none.
         eps: of that norm.
+        turned: how many features of each head turn, the first ones; 0 for no rotation.
+        in_pairs: feature 2 i is paired with 2 i + 1, else feature i with i + turned / 2.
+        scaled: whether queries are multiplied by a factor of their token.
     """
 
-    bias: str | None
-    norm: str | None
+    widths: tuple[int, ...]
+    places: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    biases: tuple[str | None, ...]
+    norm: str | None = None
     eps: float = 0.0
+    turned: int = 0
+    in_pairs: bool = False
+    scaled: bool = False
 
 
 @functools.cache  # every layer asks
@@ -46,84 +59,112 @@ def rope_append_kernel(
 ) -> tirx.PrimFunc:
     """Add the bias, normalize q and k, rotate them, append k and v to their pages.
 
-    (x [n, (q_heads + 2 kv_heads) dim], cos, sin [n, dim / 2], slots [n], bias?, q_norm?, k_norm?,
-    *page tensors) -> q [n, q_heads, dim], and the page tensors written in place. Feature i is
-    paired with i + dim / 2. Optional arguments that do not apply are left out.
+    (*products [n, width], *biases [width], [q_norm, k_norm [dim],] [cos, sin [n, turned / 2],]
+    [factor [n],] slots [n], *page tensors) -> q [n, q_heads, dim], and the page tensors written in
+    place. What does not apply is left out.
     """
     q_heads, heads, dim = shape.q_heads, shape.kv_heads, shape.head_dim
-    width, half = (q_heads + 2 * heads) * dim, dim // 2
-    lanes = math.gcd(half, 16)
+    half = options.turned // 2
+    # Of the part that turns, of the halves of it, and of all features.
+    pair_lanes, half_lanes, lanes = (math.gcd(size, 16) for size in (options.turned, half, dim))
 
-    def span(start: Expr | int) -> Expr:
-        return T.ramp(start, 1, lanes) if lanes > 1 else start
+    def load(buffer: tirx.Buffer, *index: Expr | int, count: int = lanes) -> Expr:
+        loaded = buffer.vload([*index], vector(str(buffer.dtype), count))
+        return to_float32(loaded, count)
 
-    def at(buffer: tirx.Buffer, *index: Expr | int, dtype: str = "float32") -> Expr:
-        return to_float32(buffer.vload([*index], vector(dtype, lanes)), lanes)
-
-    def normalize(row: tirx.Buffer, weight: tirx.Buffer) -> None:
-        squares, factor = scratch(lanes, "float32"), scratch(1, "float32")
-        T.buffer_store(squares, splat(0.0, lanes), [span(0)])
-        with T.serial(dim // lanes) as i:
-            added = multiply_add(at(row, i * lanes), at(row, i * lanes), at(squares, 0))
-            T.buffer_store(squares, added, [span(0)])
-        total = reduce_sum(at(squares, 0), lanes) if lanes > 1 else squares[0]
-        mean = multiply_add(total, T.float32(1 / dim), T.float32(options.eps))
-        T.buffer_store(factor, T.float32(1) / T.sqrt(mean), [0])
-        with T.serial(dim // lanes) as i:
-            scale = splat(factor[0], lanes) * at(weight, i * lanes, dtype=str(weight.dtype))
-            T.buffer_store(row, at(row, i * lanes) * scale, [span(i * lanes)])
+    def store(row: tirx.Buffer, i: Expr | int, new: Expr, count: int = lanes) -> None:
+        T.buffer_store(row, new, [span(i, count)])
 
     def body() -> None:
         n = length("n")
-        x = tensor("x", (n, width), "float32")
-        cos, sin = (tensor(name, (n, half), "float32") for name in ("cos", "sin"))
-        slots = tensor("slots", (n,), "int32")
-        bias = tensor("bias", (width,), options.bias) if options.bias else None
-        q_norm, k_norm = (
+        products = [tensor(f"x{i}", (n, w), "float32") for i, w in enumerate(options.widths)]
+        biases = {
+            i: tensor(f"bias{i}", (width,), dtype)
+            for i, (width, dtype) in enumerate(zip(options.widths, options.biases, strict=True))
+            if dtype is not None
+        }
+        norms = [
             tensor(name, (dim,), options.norm) if options.norm else None
             for name in ("q_norm", "k_norm")
-        )
+        ]
+        cos, sin = (tensor(name, (n, half), "float32") if half else None for name in ("cos", "sin"))
+        factor = tensor("factor", (n,), "float32") if options.scaled else None
+        slots = tensor("slots", (n,), "int32")
         pages = PageWriter.declare(shape, format)
         q = tensor("q", (n, q_heads, dim), "float32")
 
-        def load(token: Expr, head: Expr, row: tirx.Buffer) -> None:
-            """x of one head, bias added."""
+        def fetch(token: Expr, part: int, head: Expr, row: tirx.Buffer) -> None:
+            """One head of q, k or v, bias added."""
+            product, first = options.places[part]
             with T.serial(dim // lanes) as i:
-                value = at(x, token, head * dim + i * lanes)
-                if bias is not None:
-                    value = value + at(bias, head * dim + i * lanes, dtype=str(bias.dtype))
-                T.buffer_store(row, value, [span(i * lanes)])
+                at = first + head * dim + i * lanes
+                value = load(products[product], token, at)
+                if product in biases:
+                    value = value + load(biases[product], at)
+                store(row, i * lanes, value)
 
-        def rotate(token: Expr, row: tirx.Buffer) -> None:
-            left, right = scratch(lanes, "float32"), scratch(lanes, "float32")
-            with T.serial(half // lanes) as i:
-                T.buffer_store(left, at(row, i * lanes), [span(0)])
-                T.buffer_store(right, at(row, half + i * lanes), [span(0)])
-                c, s = at(cos, token, i * lanes), at(sin, token, i * lanes)
+        def norm(row: tirx.Buffer, weight: tirx.Buffer) -> None:
+            rule = Norm("rms", options.eps, Vector(0))
+            found = emit_statistics(rule, dim, lanes, lambda i, count: load(row, i, count=count))
+            with T.serial(dim // lanes) as i:
+                at = i * lanes
+                x = normalize(rule, load(row, at), found, partial(weight_at, weight, at), lanes)
+                store(row, at, x)
+
+        def weight_at(weight: tirx.Buffer, i: Expr, part: Expression) -> Expr:
+            return load(weight, i)
+
+        def rotate_halves(token: Expr, row: tirx.Buffer) -> None:
+            left, right = (scratch(half_lanes, "float32") for _ in range(2))
+            with T.serial(half // half_lanes) as i:
+                at = i * half_lanes
+                store(left, 0, load(row, at, count=half_lanes), half_lanes)
+                store(right, 0, load(row, half + at, count=half_lanes), half_lanes)
+                a, b = (load(kept, 0, count=half_lanes) for kept in (left, right))
+                c, s = (load(table, token, at, count=half_lanes) for table in (cos, sin))
                 # Fused by name: LLVM's choice might differ between copies of this loop.
-                turned = multiply_add(at(left, 0), c, at(right, 0) * -s)
-                T.buffer_store(row, turned, [span(i * lanes)])
-                turned = multiply_add(at(right, 0), c, at(left, 0) * s)
-                T.buffer_store(row, turned, [span(half + i * lanes)])
+                store(row, at, multiply_add(a, c, b * -s), half_lanes)
+                store(row, half + at, multiply_add(b, c, a * s), half_lanes)
+
+        def rotate_pairs(token: Expr, row: tirx.Buffer) -> None:
+            kept, few = scratch(pair_lanes, "float32"), pair_lanes // 2
+            with T.serial(options.turned // pair_lanes) as i:
+                at = i * pair_lanes
+                store(kept, 0, load(row, at, count=pair_lanes), pair_lanes)
+                x = load(kept, 0, count=pair_lanes)
+                c, s = (load(table, token, i * few, count=few) for table in (cos, sin))
+                swapped = tirx.Shuffle([x], [tirx.const(j ^ 1, "int32") for j in range(pair_lanes)])
+                # The first of a pair is turned against the second.
+                signs = [tirx.const((-1.0, 1.0)[j % 2], "float32") for j in range(pair_lanes)]
+                sign = tirx.Shuffle(signs, [tirx.const(j, "int32") for j in range(pair_lanes)])
+                turned = multiply_add(x, spread(c, few, 2), swapped * (spread(s, few, 2) * sign))
+                store(row, at, turned, pair_lanes)
+
+        rotate = rotate_pairs if options.in_pairs else rotate_halves
 
         def one_token(token: Expr) -> None:
             key, value = scratch(dim, "float32"), scratch(dim, "float32")
+
+            def head_of(part: int, head: Expr) -> None:
+                fetch(token, part, head, key)
+                if norms[part] is not None:
+                    norm(key, norms[part])
+                if half:
+                    rotate(token, key)
+
             with T.serial(q_heads) as head:
-                load(token, head, key)
-                if q_norm is not None:
-                    normalize(key, q_norm)
-                rotate(token, key)
+                head_of(0, head)
                 with T.serial(dim // lanes) as i:
-                    T.buffer_store(q, at(key, i * lanes), [token, head, span(i * lanes)])
+                    x = load(key, i * lanes)
+                    if factor is not None:
+                        x = x * splat(factor[token], lanes)
+                    T.buffer_store(q, x, [token, head, span(i * lanes, lanes)])
             with T.serial(heads) as head:
-                load(token, q_heads + head, key)
-                load(token, q_heads + heads + head, value)
-                if k_norm is not None:
-                    normalize(key, k_norm)
-                rotate(token, key)
+                head_of(1, head)
+                fetch(token, 2, head, value)
                 pages.store(slots[token], head, key, value)
 
-        with T.If(n * width <= SERIAL):
+        with T.If(n * ((q_heads + 2 * heads) * dim) <= SERIAL):
             with T.Then(), T.serial(n) as token:
                 one_token(token)
             with T.Else(), T.parallel(n) as token:

@@ -24,7 +24,7 @@ from relaxlm.compiler.kernels import (
     tuning,
 )
 from relaxlm.compiler.kernels.builder import emit, length, tensor
-from relaxlm.compiler.kernels.cpu_elementwise import for_each_row, gated
+from relaxlm.compiler.kernels.cpu_elementwise import emit_value, for_each_row, gated
 from relaxlm.compiler.kernels.isa import Isa
 from relaxlm.compiler.kernels.packed import FEW
 from relaxlm.compiler.kernels.rounding import Rounding
@@ -88,10 +88,11 @@ def rounded_matmul_kernel(matrix: StoredMatrix, isa: Isa, invariant: bool = Fals
 
 
 @tuning.cached
-def gated_matmul_kernel(matrix: StoredMatrix, isa: Isa) -> tirx.PrimFunc:
-    """silu(x @ W1.T) * (x @ W2.T) for W = [W1, W2], rounded for the matmul that follows.
+def gated_matmul_kernel(matrix: StoredMatrix, isa: Isa, activation: str = "silu") -> tirx.PrimFunc:
+    """act(x @ W1.T) * (x @ W2.T) for W = [W1, W2], rounded for the matmul that follows.
 
-    (x [m, row_words] int32, *stored weight, out [m, row_words of N / 2] int32). A few rows are
+    (x [m, row_words] int32, *stored weight, out [m, row_words of N / 2] int32). `activation` is
+    one of `activations.ACTIVATIONS`. A few rows are
     multiplied first and gated then; of many, each tile of sums is gated as it is stored.
     """
     assert supports_gated(matrix, isa), (matrix, isa)
@@ -106,13 +107,14 @@ def gated_matmul_kernel(matrix: StoredMatrix, isa: Isa) -> tirx.PrimFunc:
         out = tensor("out", (m, rounding.row_words), "int32")
         with T.If(m > FEW):
             with T.Then():
-                cpu_amx.emit_matmul(matrix, isa, m, x, weight, scale, out, gated=True)
+                cpu_amx.emit_matmul(matrix, isa, m, x, weight, scale, out, activation)
             with T.Else():
                 both = T.decl_buffer((m, matrix.n), "float32", scope="global")
                 cpu_few_rows.emit_matmul(matrix, isa, m, x, weight, scale, both)
 
                 def one(row: Expr) -> None:
-                    rounding.emit_pack(gated(both, row, size), out, row, m)
+                    value = emit_value(gated(size, activation).value, [both], row)
+                    rounding.emit_pack(value, out, row, m)
 
                 for_each_row(m, 2 * size, one)
 

@@ -46,7 +46,7 @@ def _takes_rows(value: relax.Expr) -> bool:
 def _keeps_rows_apart(value: relax.Expr, mod: tvm.IRModule) -> bool:
     if isinstance(value, relax.TupleGetItem) or _is(value, *_ELEMENTWISE, *_ACTIVATIONS):
         return True
-    if _is(value, "call_tir"):
+    if _is(value, "call_tir") and isinstance(value.ty, relax.TensorType):
         return not _takes_rows(value) and _rows_stay_apart(mod[value.args[0]])
     if _is(value, "split"):
         return int(value.attrs.axis) in (-1, len(value.args[0].ty.shape) - 1)
@@ -72,7 +72,7 @@ def _rows_stay_apart(function: tirx.PrimFunc) -> bool:
 def _one_row(block: s_tir.SBlock, n: tirx.Var) -> bool:
     rows = []
     for region in (*block.reads, *block.writes):
-        first, *others = region.source.ty.shape
+        first, *others = region.source.ty.shape or [_ONE]
         if not all(isinstance(extent, tirx.IntImm) for extent in others):
             return False
         if structural_equal(first, n):
