@@ -33,7 +33,7 @@ BELOW["relaxlm.compiler"] = {
     "relaxlm.quantization",
     "relaxlm.runtime",
 }
-BELOW["relaxlm.web"] = {*BELOW["relaxlm.compiler"], "relaxlm.compiler"}
+BELOW["relaxlm.web"] = {*BELOW["relaxlm.compiler"], "relaxlm.compiler", "relaxlm.server"}
 
 
 def tracked_files() -> list[Path]:

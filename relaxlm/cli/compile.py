@@ -25,7 +25,8 @@ def compile(
         str,
         typer.Option(
             "--device",
-            help="auto (this machine's GPU, else its CPU), cpu, cuda, wasm (browsers' CPU), or "
+            help="auto (this machine's GPU, else its CPU), cpu, cuda; in browsers, webgpu "
+            "or wasm (the CPU); or "
             "another machine: linux-arm64, linux-x86_64, linux-riscv64, android-arm64, "
             "macos-arm64, macos-x86_64, windows-x86_64, ios (docs/targets.md). "
             "--arch may follow: cuda:sm_90, cpu:x86-64-v3.",

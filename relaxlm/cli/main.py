@@ -31,6 +31,7 @@ COMMANDS = (
         "profile",
         "tune",
         "build",
+        "package",
         "estimate",
         "new_model",
         "demo",

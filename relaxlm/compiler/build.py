@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from relaxlm.compiler.link import LinksObjects, export_library
 from relaxlm.compiler.options import CompileOptions, check_opt
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
 from relaxlm.compiler.passes.signature import state_tensors
+from relaxlm.compiler.passes.split_few_rows import PARTS, UPPER_BOUND
 from relaxlm.compiler.pipeline import (
     Lowering,
     compute_dtype,
@@ -37,6 +39,7 @@ from relaxlm.compiler.pipeline import (
 )
 from relaxlm.compiler.target import DeviceTarget
 from relaxlm.compiler.web.link import WasmLinker
+from relaxlm.compiler.web.webgpu import refuse_for_webgpu
 from relaxlm.errors import UnsupportedError
 from relaxlm.files import format_bytes
 from relaxlm.models.config import DecoderConfig
@@ -92,9 +95,10 @@ class CompiledModel:
             CompileError: a CUDA library without machine code for some architecture.
         """
         self.device.check_output(output)
-        if self.device.kind == "wasm":
+        if self.device.suffix == ".wasm":
             linker: LinksObjects | None = WasmLinker.find(
-                lambda: progress("compile TVM's runtime, once", 0.9)
+                self.metadata.model_dump_json(),
+                lambda: progress("compile TVM's runtime, once", 0.9),
             )
         else:
             platform = self.device.platform
@@ -138,14 +142,12 @@ def compile_model(
     module = _add_metadata(module, metadata.model_dump_json())
 
     clock.start("generate code", 0.4)
-    cuda = device.kind == "cuda"
-    archs_dump = (device.arch, debug_dump)
-    with cuda_compilation(*archs_dump) if cuda else _cpu_code_generation():
+    with _code_generation(device, debug_dump):
         executable = relax.build(
             module,
             target,
             relax_pipeline=tvm.transform.Sequential([]),
-            system_lib=device.platform.is_static,
+            system_lib=device.platform.is_static or device.suffix == ".wasm",
         )
     clock.stop()
     return CompiledModel(executable, metadata, device, seconds)
@@ -223,6 +225,10 @@ def _lower(
         options.batch_invariant,
         device.shared_memory,
     )
+    if device.kind == "webgpu":
+        refuse_for_webgpu(config, scheme)
+        # Here already: an exception loses its type on its way through TVM.
+        lowering.page_tensors()
     bounds = _bounds(options)
     instruments = []
     if debug_dump is not None:
@@ -234,6 +240,9 @@ def _lower(
         module = _bound_shapes(module, bounds)
         module = tvm.transform.Sequential(memory_passes())(module)
         temporary = _temporary_bytes(module, bounds)
+        for part in PARTS:  # only one of them runs in a step, but each keeps its buffers
+            if f"forward{part}" in temporary:
+                temporary["forward"] += temporary.pop(f"forward{part}")
         if device.kernels == "cpu":
             # Browsers run all of a step on one thread.
             threads = 1 if device.kind == "wasm" else usable_cores()
@@ -244,11 +253,16 @@ def _lower(
     return module, _metadata(config, raw_config, scheme, device, options, lowering, temporary)
 
 
-def _cpu_code_generation() -> tvm.transform.PassContext:
-    """TVM's passes over loop nests without one that takes seconds and finds nothing to do.
-
-    Buffers inside our kernels have the size that is used of them.
-    """
+def _code_generation(
+    device: DeviceTarget, debug_dump: Path | None
+) -> AbstractContextManager[object]:
+    """What `tvm.compile` runs in."""
+    if device.kernels == "cuda":
+        return cuda_compilation(device.arch, debug_dump)
+    if device.kernels == "webgpu":
+        return nullcontext()
+    # TVM's passes over loop nests without one that takes seconds and finds nothing to do: buffers
+    # inside our kernels have the size that is used of them.
     return tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"])
 
 
@@ -279,10 +293,12 @@ def _bounds(options: CompileOptions) -> dict[str, int]:
 
 
 def _bound_shapes(module: tvm.IRModule, bounds: Mapping[str, int]) -> tvm.IRModule:
-    """Tell the memory planner the largest value of each symbolic length."""
+    """Tell the memory planner the largest value of each symbolic length, if it has none yet."""
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):
-            module[name] = function.with_attr("tir_var_upper_bound", dict(bounds))
+            known = (function.attrs or {}).get(UPPER_BOUND, {})
+            both = {**bounds, **{str(length): int(most) for length, most in known.items()}}
+            module[name] = function.with_attr(UPPER_BOUND, both)
     return module
 
 

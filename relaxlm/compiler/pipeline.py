@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm.s_tir import dlight
 
 from relaxlm.compiler.kernels import (
@@ -15,6 +15,7 @@ from relaxlm.compiler.kernels import (
     cuda_attention,
     cuda_encoder_attention,
     cuda_latent_attention,
+    webgpu_attention,
 )
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.add_peaks import AddPeaks
@@ -35,6 +36,7 @@ from relaxlm.compiler.passes.lower_paged_attention import (
 from relaxlm.compiler.passes.lower_routing_cuda import LowerRoutingCUDA
 from relaxlm.compiler.passes.schedule_cpu import schedule_cpu
 from relaxlm.compiler.passes.share_tensors import ShareTensors
+from relaxlm.compiler.passes.split_few_rows import SplitFewRows
 from relaxlm.compiler.passes.take_rows_early import TakeRowsEarly
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.weights import ParameterSpec
@@ -48,6 +50,13 @@ ATTENTION = {
     ),
     "cuda": AttentionKernels(
         "cuda", cuda_append.page_tensors, cuda_append.append_kernel, cuda_attention.attend_kernel
+    ),
+    "webgpu": AttentionKernels(
+        "webgpu",
+        webgpu_attention.page_tensors,
+        webgpu_attention.append_kernel,
+        webgpu_attention.attend_kernel,
+        webgpu_attention.view_kernel,
     ),
 }
 
@@ -117,8 +126,11 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
             ]
             if lowering.kind == "cpu"
             else [
-                LowerMatmulCUDA(lowering.shared_memory),
-                LowerRoutingCUDA(),
+                *(
+                    [LowerMatmulCUDA(lowering.shared_memory), LowerRoutingCUDA()]
+                    if lowering.kind == "cuda"
+                    else []
+                ),
                 relax.transform.FuseTransposeMatmul(),
             ]
         ),
@@ -133,8 +145,12 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         *(
             [schedule_cpu(), *([AddPeaks(lowering.config.vocab_size)] if has_head else [])]
             if lowering.kind == "cpu"
-            else [_gpu_schedules()]
+            else []
         ),
+        *([SplitFewRows("forward")] if lowering.kind == "webgpu" and has_head else []),
+        *([] if lowering.kind == "cpu" else [_gpu_schedules()]),
+        # WGSL has no 64-bit integers.
+        *([tirx.transform.ForceNarrowIndexToInt32()] if lowering.kind == "webgpu" else []),
     ]
 
 
@@ -157,7 +173,9 @@ def _attention_pass(lowering: Lowering) -> tvm.transform.Pass:
             )
         return LowerLatentAttention(config, lowering.kv_format, latent)
     kernels = ATTENTION[kind]
-    options: dict[str, int] = {"shared_limit": lowering.shared_memory}
+    options: dict[str, int] = {}
+    if kind == "cuda":
+        options = {"shared_limit": lowering.shared_memory}
     if kind == "cpu":
         options = {"rounded": lowering.act_quant, "invariant": lowering.batch_invariant}
     kernels = replace(kernels, attend=partial(kernels.attend, **options))

@@ -117,7 +117,7 @@ PLATFORMS: dict[str, Platform] = {
 }
 
 # What a browser is to code.
-WEB = Platform("wasm", "wasm32", "web", (".wasm",), "wasm32-unknown-unknown-wasm")
+WEB = Platform("browsers", "wasm32", "web", (".wasm",), "wasm32-unknown-unknown-wasm")
 
 
 def this_platform() -> Platform:

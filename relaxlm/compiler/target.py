@@ -33,8 +33,8 @@ from relaxlm.runtime import cpu, cuda
 if TYPE_CHECKING:
     import tvm
 
-Kind = Literal["cpu", "cuda", "wasm"]
-DEVICES = ("auto", "cpu", "cuda", "wasm", *PLATFORMS)
+Kind = Literal["cpu", "cuda", "wasm", "webgpu"]
+DEVICES = ("auto", "cpu", "cuda", "wasm", "webgpu", *PLATFORMS)
 
 REFUSED = {
     "vulkan": "the released TVM has no Vulkan code generator; use cuda on an NVIDIA GPU, or cpu",
@@ -59,6 +59,17 @@ CUDA_ARCHITECTURES = {
     "sm_121": "DGX Spark",
 }
 
+# What kernels may use of a GPU, as TVM's targets spell it. WebGPU's are what every device has:
+# subgroups of any size, or none, so that threads meet in workgroup memory only.
+GPU_LIMITS: dict[str, dict[str, int]] = {
+    "cuda": {
+        "max_threads_per_block": 1024,
+        "max_shared_memory_per_block": 48 * 1024,
+        "thread_warp_size": 32,
+    },
+    "webgpu": {"max_num_threads": 256, "max_shared_memory_per_block": 16 * 1024},
+}
+
 # What WebAssembly code may use beyond its first version: all browsers have had it since 2023.
 WASM_FEATURES = ("nontrapping-fptoint", "sign-ext", "simd128")
 
@@ -81,9 +92,10 @@ class DeviceTarget:
     """A device to compile for.
 
     Attributes:
-        kind: "cpu" or "cuda"; "wasm" is the CPU as browsers show it.
+        kind: "cpu" or "cuda"; "wasm" and "webgpu" are the CPU and the GPU as browsers show them.
         arch: cuda: the real architectures, oldest first. cpu: ("native",), a level of
-            `platforms.CPU_LEVELS`, or a processor that LLVM knows. wasm: ("wasm32",).
+            `platforms.CPU_LEVELS`, or a processor that LLVM knows. wasm: ("wasm32",). webgpu:
+            ("wgsl",).
         cpu_features: LLVM names, sorted, of what the CPU code in the library may use beyond the
             architecture's baseline. Empty for cuda: host code only launches kernels.
         platform: the machine that the library is loaded on.
@@ -101,12 +113,13 @@ class DeviceTarget:
 
     @property
     def name(self) -> str:
-        """For people: the platform where it is another one than this, else the kind."""
-        return self.kind if self.platform.is_here else self.platform.name
+        """For people: the platform where code is for the CPU of another one, else the kind."""
+        own = self.kind != "cpu" or self.platform.is_here
+        return self.kind if own else self.platform.name
 
     @property
     def kernels(self) -> str:
-        """Whose kernels the library has: "cpu" or "cuda"."""
+        """Whose kernels the library has: "cpu", "cuda" or "webgpu"."""
         return "cpu" if self.kind == "wasm" else self.kind
 
     def tvm_target(self, opt_level: int = 2) -> tvm.target.Target:
@@ -125,13 +138,13 @@ class DeviceTarget:
                 "kind": "cuda",
                 # Kernels are generated once and compiled for every architecture.
                 "arch": self.arch[0],
-                "max_threads_per_block": 1024,
-                "max_shared_memory_per_block": 48 * 1024,
-                "thread_warp_size": 32,
+                **GPU_LIMITS["cuda"],
             }
             return Target(device, host={"kind": "llvm", "opt-level": opt_level})
         if self.kind == "wasm":
             return Target(_wasm_code(opt_level))
+        if self.kind == "webgpu":
+            return Target({"kind": "webgpu", **GPU_LIMITS["webgpu"]}, host=_wasm_code(opt_level))
         return _llvm_target(self, opt_level)
 
     @property
@@ -169,11 +182,12 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
     """The target that `--device` and `--arch` name.
 
     Args:
-        device: "auto" (cuda if there is a usable GPU, else cpu), "cpu", "cuda", "wasm" or one of
-            `PLATFORMS`; the architecture may follow behind a colon, "cpu:x86-64-v3".
+        device: "auto" (cuda if there is a usable GPU, else cpu), "cpu", "cuda", "wasm", "webgpu" or
+            one of `PLATFORMS`; the architecture may follow behind a colon, "cpu:x86-64-v3".
         arch: cuda: comma-separated real architectures, "sm_80,sm_90"; the machine's GPUs if None.
             cpu: "native" (the same as None), a level of `CPU_LEVELS` or a processor that LLVM
-            knows. Platforms: the same but "native"; None is the platform's own level. wasm: none.
+            knows. Platforms: the same but "native"; None is the platform's own level. wasm,
+            webgpu: none.
 
     Raises:
         ConfigError: an unknown device or architecture, or no GPU to take the architecture from.
@@ -193,8 +207,8 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
         device = "cuda" if usable_gpu() else "cpu"
     if device == "cuda":
         return _cuda(arch)
-    if device == "wasm":
-        return _wasm(arch)
+    if device in ("wasm", "webgpu"):
+        return _browser(device, arch)
     platform = PLATFORMS.get(device)
     if platform is None:
         return _cpu(arch)
@@ -264,14 +278,18 @@ def _cpu(arch: str | None) -> DeviceTarget:
     return DeviceTarget("cpu", (arch,), features_of(this_platform(), arch))
 
 
-def _wasm(arch: str | None) -> DeviceTarget:
+def _browser(device: str, arch: str | None) -> DeviceTarget:
     if arch is not None:
-        raise ConfigError(f"arch '{arch}': device 'wasm' has one architecture; leave --arch out")
-    return DeviceTarget("wasm", ("wasm32",), WASM_FEATURES, WEB)
+        raise ConfigError(
+            f"arch '{arch}': device '{device}' has one architecture; leave --arch out"
+        )
+    if device == "wasm":
+        return DeviceTarget("wasm", ("wasm32",), WASM_FEATURES, WEB)
+    return DeviceTarget("webgpu", ("wgsl",), WASM_FEATURES, WEB)
 
 
 def _wasm_code(opt_level: int) -> dict[str, Any]:
-    """How LLVM compiles for browsers.
+    """How LLVM compiles for browsers: all code, or what starts shaders.
 
     The processor is the plainest one, with extensions by name: LLVM's others have extensions whose
     names are younger than most installed emscriptens, which then refuse the object.

@@ -77,7 +77,7 @@ def library_for(
 
 
 def target_kind(device: str) -> str:
-    """What a library for `device` runs on: "cpu", "cuda" or "wasm".
+    """What a library for `device` runs on: "cpu", "cuda", "wasm" or "webgpu".
 
     Raises:
         ConfigError: no such device.

@@ -65,7 +65,7 @@ class Library:
             text = str(tvm_runtime.machine(module, tvm_runtime.device("cpu"))["_metadata"]())
         except Exception as error:
             raise _not_ours(path, error) from None
-        metadata = _read_metadata(text, path)
+        metadata = parse_metadata(text, path)
         check_runs_here(metadata, path)
         return Library(module, metadata, path)
 
@@ -220,7 +220,12 @@ def _elf_size(start: bytes) -> int:
     return section_table + entry_size * entries
 
 
-def _read_metadata(text: str, path: Path) -> LibraryMetadata:
+def parse_metadata(text: str, path: Path) -> LibraryMetadata:
+    """The metadata of a library from its JSON.
+
+    Raises:
+        LibraryError: another contract, or damaged.
+    """
     raw = json.loads(text)
     if raw.get("contract") != CONTRACT:
         made_by = raw.get("versions", {}).get("relaxlm", "another program")

@@ -37,7 +37,7 @@ def test_auto_is_cuda_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_devices_that_are_not() -> None:
     assert message(ConfigError, "gpu").startswith(
-        "unknown device 'gpu'; the devices are auto, cpu, cuda, wasm, linux-x86_64, linux-arm64, "
+        "unknown device 'gpu'; the devices are auto, cpu, cuda, wasm, webgpu, linux-x86_64, "
     )
     assert message(UnsupportedError, "vulkan") == (
         "device 'vulkan' is not supported: the released TVM has no Vulkan code generator; use cuda "
@@ -222,6 +222,9 @@ def test_browsers_have_one_architecture_and_the_suffix_of_webassembly() -> None:
         "cpu": "wasm32",
         "cpu_features": ["nontrapping-fptoint", "sign-ext", "simd128"],
     }
+    gpu = resolve_device("webgpu")
+    assert (gpu.kind, gpu.kernels, gpu.suffix) == ("webgpu", "webgpu", ".wasm")
+    assert gpu.describe()["cpu"] == "wasm32"
     assert message(ConfigError, "wasm", "wasm64") == (
         "arch 'wasm64': device 'wasm' has one architecture; leave --arch out"
     )

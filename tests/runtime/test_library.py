@@ -162,7 +162,7 @@ def test_damaged_metadata(loaded):
     values = json.loads(loaded.metadata.model_dump_json())
     del values["limits"]["context_window_size"]
     with pytest.raises(LibraryError) as raised:
-        library._read_metadata(json.dumps(values), Path("a.so"))
+        library.parse_metadata(json.dumps(values), Path("a.so"))
     assert str(raised.value) == (
         "a.so: its metadata is damaged at limits.context_window_size: Field required"
     )

@@ -82,36 +82,48 @@ def node(driver: Path) -> RunNode:
     return run
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, converted to q4f16_1, with a chat configuration."""
+SIZES = {"context_window_size": 256, "prefill_chunk_size": 64}
+
+
+def convert_demo(place: Path, quantization: str) -> Path:
+    """The demo model, converted, with a chat configuration."""
     from relaxlm.demo import MODEL_DIR
     from tests.tiny_model import convert
 
-    sizes = {"context_window_size": 256, "prefill_chunk_size": 64}
-    return convert(MODEL_DIR, tmp_path_factory.mktemp("demo") / "demo-q4f16_1", "q4f16_1", **sizes)
+    return convert(MODEL_DIR, place / f"demo-{quantization}", quantization, **SIZES)
+
+
+def compile_demo(folder: Path, device: str, library: Path) -> Path:
+    """Its library, for this machine as exact as browsers; skips without what compiling takes."""
+    from relaxlm.compiler.request import CompileRequest
+    from relaxlm.compiler.web.runtime import find_emcc
+
+    opt = "O1;act_quant=0" if device == "cpu" else "O1"
+    if device != "cpu":
+        try:
+            find_emcc()
+        except ToolchainError as error:
+            pytest.skip(str(error))
+    # What a step of many sequences takes is planned, too.
+    CompileRequest.read(
+        folder, device=device, opt=opt, overrides="max_batch_size=4"
+    ).compile().save(library)
+    return library
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in q4f16_1."""
+    return convert_demo(tmp_path_factory.mktemp("demo"), "q4f16_1")
 
 
 @pytest.fixture(scope="session")
 def demo_cpu(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its library for this machine, computing as exactly as browsers do."""
-    from relaxlm.compiler.request import CompileRequest
-
-    library = tmp_path_factory.mktemp("cpu") / "demo.so"
-    CompileRequest.read(demo, device="cpu", opt="O1;act_quant=0").compile().save(library)
-    return library
+    """Its library for this machine."""
+    return compile_demo(demo, "cpu", tmp_path_factory.mktemp("cpu") / "demo.so")
 
 
 @pytest.fixture(scope="session")
 def demo_wasm(demo: Path, kept_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its library for the CPU of browsers."""
-    from relaxlm.compiler.request import CompileRequest
-    from relaxlm.compiler.web.runtime import find_emcc
-
-    try:
-        find_emcc()
-    except ToolchainError as error:
-        pytest.skip(str(error))
-    library = tmp_path_factory.mktemp("wasm") / "demo.wasm"
-    CompileRequest.read(demo, device="wasm", opt="O1").compile().save(library)
-    return library
+    return compile_demo(demo, "wasm", tmp_path_factory.mktemp("wasm") / "demo.wasm")

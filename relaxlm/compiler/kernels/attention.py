@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from relaxlm.compiler.kernels.builder import emit, length, tensor
+from relaxlm.compiler.kernels.builder import emit, tensor
 from relaxlm.compiler.kernels.vector import LOG2E
 
 # Tokens per page: one AVX-512 register, or two to four smaller ones, hold a feature of a page.
@@ -77,13 +77,15 @@ def copy_kernel(page_shape: tuple[int, ...], dtype: str, kind: str) -> tirx.Prim
         return [page, *reversed(inner)]
 
     def body() -> None:
-        total, count = length("total"), length("count")
+        # WGSL has no 64-bit integers.
+        index = "int32" if kind == "webgpu" else "int64"
+        total, count = tirx.Var("total", index), tirx.Var("count", index)
         pages = tensor("pages", (total, *page_shape), dtype)
         sources = tensor("sources", (count,), "int32")
         targets = tensor("targets", (count,), "int32")
 
         def copy_one(k: Expr, i: Expr) -> None:
-            source, target = (T.cast(ids[k], "int64") for ids in (sources, targets))
+            source, target = (T.cast(ids[k], index) for ids in (sources, targets))
             T.buffer_store(pages, pages[tuple(place(source, i))], place(target, i))
 
         if kind == "cpu":

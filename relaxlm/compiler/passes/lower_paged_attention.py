@@ -34,12 +34,17 @@ from relaxlm.quantization.kv_cache import KVFormat
 
 @dataclass(frozen=True)
 class AttentionKernels:
-    """The kernels of one target: see `compiler/kernels/cpu_attention.py` for their arguments."""
+    """The kernels of one target: see `compiler/kernels/cpu_attention.py` for their arguments.
+
+    `view`, where there is one, makes a tensor [n, 4] int32 of the tables, for a window, sinks and a
+    page's size, which `attend` then takes in their place (`kernels/webgpu_attention.py`).
+    """
 
     kind: str
     page_tensors: Callable[[AttentionShape, KVFormat], tuple[PageTensor, ...]]
     append: Callable[[AttentionShape, KVFormat, str], tirx.PrimFunc]
     attend: Callable[[AttentionShape, KVFormat, str], tirx.PrimFunc]
+    view: Callable[[int, int, int], tirx.PrimFunc] | None = None
 
 
 def cache_shape(config: DecoderConfig) -> AttentionShape:
@@ -73,6 +78,7 @@ class _Rewriter(PyExprMutator):
     ) -> None:
         super().__init__(mod)
         self.lowering, self.signature = lowering, signature
+        self.views: dict[tuple[relax.Var, int, int], relax.Var] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -120,18 +126,24 @@ class _Rewriter(PyExprMutator):
         )
         pages = [self.builder_.emit(relax.TupleGetItem(updated, i)) for i in range(count)]
         attend = self.builder_.add_func(kernels.attend(shape, format, dtype), "paged_attention")
+        arguments = [q, *self._tables(shape), *pages, *sink_logits]
+        return relax.call_tir(attend, arguments, relax.TensorType(q.ty.shape, dtype))
+
+    def _tables(self, shape: AttentionShape) -> list[relax.Expr]:
+        """What a kernel that attends is told of the step."""
+        tables, positions = self.signature.tables, self.signature.positions
         names = ("row_offsets", "page_offsets", "page_ids", "kv_lengths", "dropped")
-        return relax.call_tir(
-            attend,
-            [
-                q,
-                self.signature.positions,
-                *(self.signature.tables[name] for name in names),
-                *pages,
-                *sink_logits,
-            ],
-            relax.TensorType(q.ty.shape, dtype),
-        )
+        view = self.lowering.kernels.view
+        if view is None:
+            return [positions, *(tables[name] for name in names)]
+        key = (self.signature.kv, shape.window, shape.sinks)
+        if key not in self.views:  # once per step, for all layers that see alike
+            kernel = view(shape.window, shape.sinks, shape.page_size)
+            function = self.builder_.add_func(kernel, "view_of_queries")
+            read = [positions, *(tables[name] for name in names if name != "page_ids")]
+            ty = relax.TensorType((positions.ty.shape[0], 4), "int32")
+            self.views[key] = self.builder_.emit(relax.call_tir(function, read, ty))
+        return [self.views[key], tables["page_ids"]]
 
 
 def add_copy_pages(mod: tvm.IRModule, kv_type: relax.TupleType, kind: str) -> tvm.IRModule:

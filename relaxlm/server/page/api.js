@@ -3,6 +3,10 @@
 const BASE = new URL("v1/", document.baseURI);
 const KEY_NAME = "relaxlm.key";
 
+/** Who writes the replies, and where conversations are kept. */
+export const PLACE_NOTE =
+  "This server writes the replies. Conversations are kept in this browser and nowhere else.";
+
 /** What went wrong: `kind` is "key", "busy", "request", "server", "network" or "stream". */
 export class ServerError extends Error {
   constructor(kind, message, { status = null, field = null, retryAfter = null } = {}) {

@@ -2,6 +2,7 @@
 // control does. Replies go on while the reader looks at another conversation.
 
 import { Announcer } from "./announcer.js";
+import { PLACE_NOTE } from "./api.js";
 import { Composer } from "./composer.js";
 import { newConversation, newVersion, requestMessages, retitle, shownVersion } from "./conversation.js";
 import { askForKey, confirm, startDialogs } from "./dialogs.js";
@@ -152,7 +153,7 @@ class App {
     place.replaceChildren(
       h("img", { src: "page/icon.svg", alt: "", width: "48", height: "48" }),
       h("h2", {}, this.model.name ? `Chat with ${this.model.name}` : "Chat"),
-      h("p", {}, "This server writes the replies. Conversations are kept in this browser and nowhere else."),
+      h("p", {}, PLACE_NOTE),
       h("div", { class: "starters" }, ...STARTERS.map(starter)),
     );
   }

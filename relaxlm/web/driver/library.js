@@ -6,7 +6,9 @@ import { DeviceError, LibraryError } from "./errors.js";
 
 // Counts changes of the contract between library and runtime (relaxlm/runtime/metadata.py).
 const CONTRACT = 4;
-const DEVICES = { wasm: "cpu", webgpu: "webgpu" };
+const DEVICES = ["wasm", "webgpu"];
+const METADATA_SECTION = "relaxlm";
+const MAGIC = "0,97,115,109,1,0,0,0";
 
 export class Library {
   /**
@@ -16,20 +18,11 @@ export class Library {
    * @throws {DeviceError} there is no GPU, or none that can run it
    */
   static async load(bytes, log = () => {}) {
-    let tvm;
-    try {
-      tvm = await tvmjs.instantiate(bytes, tvmjs.createPolyfillWASI(), log);
-    } catch (error) {
-      throw new LibraryError(`this is no WebAssembly module of relaxlm: ${error.message}`);
-    }
-    const metadata = tvm.withNewScope(() => readMetadata(tvm));
-    const library = new Library(tvm, metadata);
-    if (library.onGpu) await library.startGpu();
-    library.machine = tvm.detachFromCurrentScope(tvm.createVirtualMachine(library.device));
-    if (library.onGpu) {
-      await tvm.asyncLoadWebGPUPipelines(library.machine.getInternalModule());
-    }
-    return library;
+    const metadata = readMetadata(bytes);
+    const gpu = metadata.target.kind === "webgpu" ? await findGpu(metadata) : null;
+    const tvm = await tvmjs.instantiate(bytes, tvmjs.createPolyfillWASI(), log);
+    if (gpu) tvm.initWebGPU(gpu);
+    return new Library(tvm, metadata).start();
   }
 
   constructor(tvm, metadata) {
@@ -41,23 +34,11 @@ export class Library {
     this.device = this.onGpu ? tvm.webgpu() : this.cpu;
   }
 
-  async startGpu() {
-    let found;
-    try {
-      found = await tvmjs.detectGPUDevice();
-    } catch (error) {
-      throw new DeviceError(`this library runs on a GPU: ${error.message}`);
-    }
-    if (!found) throw new DeviceError("this library runs on a GPU, and there is no WebGPU here");
-    for (const feature of this.metadata.target.arch) {
-      if (feature !== "wgsl" && !found.device.features.has(feature)) {
-        throw new DeviceError(
-          `this library needs WebGPU's feature ${feature}, which this GPU lacks: compile the model ` +
-            "with a float32 preset, such as q4f32_1, or with --device wasm",
-        );
-      }
-    }
-    this.tvm.initWebGPU(found.device);
+  async start() {
+    const { tvm } = this;
+    this.machine = tvm.detachFromCurrentScope(tvm.createVirtualMachine(this.device));
+    if (this.onGpu) await tvm.asyncLoadWebGPUPipelines(this.machine.getInternalModule());
+    return this;
   }
 
   /** A function of the model that lives as long as the library. */
@@ -97,14 +78,28 @@ export class Library {
   }
 }
 
-function readMetadata(tvm) {
-  let text;
+async function findGpu({ params, kv_cache: cache }) {
+  let found;
   try {
-    // The machine's byte code returns the text; no code of the model runs for it.
-    text = tvm.createVirtualMachine(tvm.cpu()).getFunction("_metadata")();
+    found = await tvmjs.detectGPUDevice();
   } catch (error) {
-    throw new LibraryError(`this is no library that relaxlm compiled: ${error.message}`);
+    throw new DeviceError(`this library runs on a GPU: ${error.message}`);
   }
+  if (!found) throw new DeviceError("this library runs on a GPU, and there is no WebGPU here");
+  const half = [...params, ...cache.tensors].some(({ dtype }) => dtype === "float16");
+  if (half && !found.device.features.has("shader-f16")) {
+    throw new DeviceError(
+      "this library computes in float16, and this GPU lacks WebGPU's feature shader-f16: compile " +
+        "the model with a float32 preset, such as q4f32_1, or with --device wasm",
+    );
+  }
+  return found.device;
+}
+
+/** What a library says of itself, without starting it. */
+function readMetadata(bytes) {
+  const text = section(bytes, METADATA_SECTION);
+  if (text === null) throw new LibraryError("this is no library that relaxlm compiled for browsers");
   const metadata = JSON.parse(text);
   if (metadata.contract !== CONTRACT) {
     throw new LibraryError(
@@ -112,7 +107,7 @@ function readMetadata(tvm) {
         `${metadata.versions?.relaxlm}), this driver expects ${CONTRACT}; compile it again`,
     );
   }
-  if (!(metadata.target.kind in DEVICES)) {
+  if (!DEVICES.includes(metadata.target.kind)) {
     throw new LibraryError(`the library was compiled for ${metadata.target.kind}, not for browsers`);
   }
   if (metadata.model_task !== "chat") {
@@ -124,4 +119,34 @@ function readMetadata(tvm) {
     );
   }
   return metadata;
+}
+
+/** The text of a custom section of a WebAssembly module; null if there is none, or no module. */
+function section(bytes, name) {
+  if (String(bytes.subarray(0, 8)) !== MAGIC) return null;
+  let at = 8;
+  const number = () => {
+    let [value, factor, byte] = [0, 1, 0];
+    do {
+      byte = bytes[at++];
+      value += (byte & 127) * factor;
+      factor *= 128;
+    } while (byte & 128);
+    return value;
+  };
+  const text = (end) => new TextDecoder().decode(bytes.subarray(at, end));
+  while (at < bytes.length) {
+    const kind = bytes[at++];
+    const size = number();
+    const end = at + size;
+    if (kind === 0) {
+      const nameEnd = number() + at;
+      if (text(nameEnd) === name) {
+        at = nameEnd;
+        return text(end);
+      }
+    }
+    at = end;
+  }
+  return null;
 }

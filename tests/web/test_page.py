@@ -1,0 +1,267 @@
+"""What `relaxlm package --web` writes, in a browser: models on its CPU and its GPU."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from relaxlm import ChatModule
+from relaxlm.errors import ConfigError, LibraryError
+from relaxlm.runtime.executor import Executor
+from relaxlm.runtime.library import Library
+from relaxlm.runtime.page_pool import PagePool
+from relaxlm.runtime.params import WeightFolder
+from relaxlm.runtime.sequence_table import PagedSequences
+from relaxlm.web.package import package_web
+from tests.server.page.conftest import ARGUMENTS, NAMES
+from tests.web.conftest import compile_demo, convert_demo
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+PATIENCE_MS = 240_000  # a software GPU, on a machine that is busy with something else
+WITH_GPU = (
+    "--enable-unsafe-webgpu",
+    "--use-webgpu-adapter=swiftshader",
+    "--enable-features=Vulkan",
+)
+QUESTION = "What is 12 + 30?"
+GREEDY = json.dumps({"numbers": {"temperature": 0}})
+# Steps of several sequences: how many tokens each gets.
+STEPS = [[[0, 18]], [[0, 1]], [[1, 5], [0, 1]]]
+
+LOGITS = """async ({ steps, library }) => {
+  const { ChatModule } = await import("./relaxlm/index.js");
+  const chat = await ChatModule.load({ model: "model/", library });
+  const { executor, sequences } = chat;
+  sequences.add();
+  sequences.add();
+  const found = [];
+  for (const { counts, ids } of steps) {
+    const tables = sequences.batch(counts);
+    const last = tables.rowOffsets.slice(1).map((end) => end - 1);
+    found.push(Array.from(await executor.forward(tables, ids, last)));
+  }
+  chat.dispose();
+  return found;
+}"""
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a folder's files."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip(f"no Chromium: none of {', '.join(NAMES)} is installed")
+    arguments = [argument for argument in ARGUMENTS if argument != "--disable-gpu"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=[*arguments, *WITH_GPU])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, address: str, **settings: Any) -> Iterator[Page]:
+    """A page in a browser of its own; errors of its scripts and foreign requests fail the test."""
+    problems: list[str] = []
+    context = browser.new_context(**settings)
+    context.set_default_timeout(PATIENCE_MS)
+    context.add_init_script(f"localStorage.setItem('relaxlm.settings', {GREEDY!r})")
+    page = context.new_page()
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    page.on(
+        "request",
+        lambda r: problems.append(r.url) if not r.url.startswith((address, "blob:")) else None,
+    )
+    page.goto(address)
+    yield page
+    context.close()
+    assert not problems
+
+
+def wait_until_ready(page: Page) -> None:
+    page.wait_for_selector(".loading:is([data-state=ready], [data-state=failed])")
+    line = page.locator(".loading")
+    assert line.get_attribute("data-state") == "ready", line.inner_text()
+
+
+def ask(page: Page) -> str:
+    """Ask by keyboard alone; the reply's text."""
+    wait_until_ready(page)
+    page.locator("#prompt").press_sequentially(QUESTION)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#thread .stats")
+    return page.locator("#thread .markdown").last.inner_text().strip()
+
+
+# On the CPU
+
+
+@pytest.fixture(scope="module")
+def cpu_site(
+    demo: Path, demo_wasm: Path, kept_cache: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    site = tmp_path_factory.mktemp("site") / "demo"
+    package_web(demo, [demo_wasm], site)
+    return site
+
+
+def test_a_phone_chats_on_its_cpu_and_weights_are_fetched_once(
+    browser: Browser, cpu_site: Path, demo: Path, demo_cpu: Path
+) -> None:
+    expected = ChatModule(demo, model_lib=demo_cpu).generate(QUESTION, {"temperature": 0})
+    phone = {"viewport": {"width": 390, "height": 760}, "color_scheme": "dark", "has_touch": True}
+    with served(cpu_site) as address, opened(browser, address, **phone) as page:
+        assert ask(page) == expected
+        assert page.locator(".loading").inner_text().endswith("s CPU.")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.locator("#open-settings").click()
+        assert page.locator("#set-temperature").is_visible()
+        assert not page.locator("#set-key").is_visible()
+        fetched: list[str] = []
+        page.on("request", lambda request: fetched.append(request.url))
+        page.reload()
+        wait_until_ready(page)
+        assert any(url.endswith("tensor-cache.json") for url in fetched)
+        assert not any("params_shard" in url for url in fetched)
+
+
+def test_the_model_that_is_changed_is_fetched_again(
+    browser: Browser, cpu_site: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(cpu_site, site)
+    with served(site) as address, opened(browser, address) as page:
+        wait_until_ready(page)
+        index = json.loads((site / "model" / "tensor-cache.json").read_text())
+        index["records"][0]["md5sum"] = "0" * 32
+        (site / "model" / "tensor-cache.json").unlink()  # it is linked with the other's
+        (site / "model" / "tensor-cache.json").write_text(json.dumps(index))
+        with page.expect_request(re.compile("params_shard")):
+            page.reload()
+        wait_until_ready(page)
+
+
+def test_a_large_model_is_loaded_when_it_is_wanted(
+    browser: Browser, cpu_site: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(cpu_site, site)
+    manifest = json.loads((site / "model.json").read_text())
+    (site / "model.json").write_text(json.dumps({**manifest, "bytes": 4_500_000_000}))
+    with served(site) as address, opened(browser, address) as page:
+        page.wait_for_selector(".loading[data-state=waiting]")
+        assert "The model is not loaded yet: 4.5 GB." in page.locator(".loading").inner_text()
+        page.get_by_role("button", name="Load the model").press("Enter")
+        wait_until_ready(page)
+
+
+# On the GPU
+
+
+@pytest.fixture(scope="module")
+def float32_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Software GPUs have no float16."""
+    return convert_demo(tmp_path_factory.mktemp("demo32"), "q4f32_1")
+
+
+@pytest.fixture(scope="module")
+def gpu_site(
+    float32_demo: Path, kept_cache: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    place = tmp_path_factory.mktemp("gpu-site")
+    library = compile_demo(float32_demo, "webgpu", place / "demo.wasm")
+    package_web(float32_demo, [library], place / "demo")
+    return place / "demo"
+
+
+@pytest.fixture(scope="module")
+def float32_library(float32_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_demo(float32_demo, "cpu", tmp_path_factory.mktemp("cpu32") / "demo.so")
+
+
+def needs_adapter(page: Page) -> None:
+    if not page.evaluate("navigator.gpu?.requestAdapter().then(Boolean) ?? false"):
+        pytest.skip("this Chromium has no WebGPU, not even in software")
+
+
+def test_logits_on_the_gpu_are_those_of_the_cpu(
+    browser: Browser, gpu_site: Path, float32_demo: Path, float32_library: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    library = Library.load(float32_library)
+    sequences = PagedSequences(PagePool(8), library.metadata.kv_cache.page_size)
+    executor = Executor(library, WeightFolder(float32_demo), 8)
+    assert [sequences.add(), sequences.add()] == [0, 1]
+    steps, expected = [], []
+    for counts in STEPS:
+        tables = sequences.batch([(seq, count) for seq, count in counts])
+        ids = rng.integers(0, library.metadata.vocab_size, int(tables.row_offsets[-1]), np.int32)
+        expected.append(executor.forward(tables, ids, tables.row_offsets[1:] - 1).ravel())
+        steps.append({"counts": counts, "ids": ids.tolist()})
+    with served(gpu_site) as address, opened(browser, address) as page:
+        needs_adapter(page)
+        path = json.loads((gpu_site / "model.json").read_text())["libraries"]["webgpu"]
+        found = page.evaluate(LOGITS, {"steps": steps, "library": path})
+    # WGSL lets sine and cosine, and with them the rotary embedding, be off by 2 ** -11.
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=5e-3)
+
+
+def test_a_chat_on_the_gpu_is_that_of_the_cpu(
+    browser: Browser, gpu_site: Path, float32_demo: Path, float32_library: Path
+) -> None:
+    chat = ChatModule(float32_demo, model_lib=float32_library)
+    expected = chat.generate(QUESTION, {"temperature": 0})
+    with served(gpu_site) as address, opened(browser, address) as page:
+        needs_adapter(page)
+        assert ask(page) == expected
+        assert page.locator(".loading").inner_text().endswith("s GPU.")
+
+
+# What is refused
+
+
+def test_packages_that_would_not_work_are_refused(
+    demo: Path, demo_cpu: Path, demo_wasm: Path, tiny: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(LibraryError, match=r"demo.so is no library for browsers; make one with"):
+        package_web(demo, [demo_cpu], tmp_path / "site")
+    with pytest.raises(LibraryError, match="was compiled for quantization = 'q4f16_1', but"):
+        package_web(tiny.folder, [demo_wasm], tmp_path / "site")
+    with pytest.raises(ConfigError, match="are both for device 'wasm'"):
+        package_web(demo, [demo_wasm, demo_wasm], tmp_path / "site")
+    assert not (tmp_path / "site").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="mine is not empty, and was not made by `relaxlm pack"):
+        package_web(demo, [demo_wasm], tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
