@@ -161,7 +161,10 @@ class _Rewriter(PyExprMutator):
         types = [call.ty] * (kernel.keep + plain)
         if rounding is not None:
             types.append(relax.TensorType((n, rounding.row_words), "int32"))
-        arguments = [self.visit_expr(tensor) for tensor in rows.tensors]
+        arguments = [
+            self.visit_expr(tensor) if given.is_vector else self.flat(tensor)
+            for tensor, given in zip(rows.tensors, rows.inputs, strict=True)
+        ]
         if len(types) == 1:
             return None, relax.call_tir(function, arguments, types[0])
         all_ = self.builder_.emit(relax.call_tir(function, arguments, types))
@@ -170,6 +173,14 @@ class _Rewriter(PyExprMutator):
             self.written[var] = self.builder_.emit(items.pop())
         kept = self.builder_.emit(items[0]) if kernel.keep else None
         return kept, items[-1]
+
+    def flat(self, tensor: relax.Expr) -> relax.Expr:
+        """A tensor [n, ...] as kernels of rows read it, [n, size]."""
+        new = self.visit_expr(tensor)
+        if len(tensor.ty.shape) == 2:
+            return new
+        shape = relax.ShapeExpr([tensor.ty.shape[0], row_size(tensor)])
+        return self.builder_.emit(relax.op.reshape(new, shape))
 
     def gated_product(self, value: Any, rows: Rows, rounding: Rounding) -> relax.Expr | None:
         """A gated product in the matmul whose halves it is of, if there is a kernel for that."""

@@ -76,7 +76,12 @@ class RowMatcher:
         return value.args[0] if is_op(value, "nn.rms_norm") else value.args[1].fields[0]
 
     def _has_rows(self, value: relax.Call) -> bool:
-        return is_float32(value, 2) and row_size(value) is not None
+        # One row of a parameter, [1, size], is none of a step's rows.
+        return (
+            is_float32(value, 2)
+            and row_size(value) is not None
+            and not isinstance(value.ty.shape[0], tirx.IntImm)
+        )
 
     def _kind(self, value: relax.Call, operand: relax.Expr) -> str | None:
         if _number(operand) is not None:
