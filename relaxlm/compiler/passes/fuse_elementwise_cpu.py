@@ -81,7 +81,8 @@ class _Rewriter(PyExprMutator):
         fused = None
         if self.rounding(call) is not None:
             source = call.args[1].fields[0]
-            x = self.written.get(source) or self.visit_expr(source)
+            written = self.written.get(source)
+            x = self.visit_expr(source) if written is None else written
             fused = x if str(x.ty.dtype) == "int32" else None  # it was written rounded
         elif call in self.variables:
             var = self.variables[call]
