@@ -8,9 +8,12 @@ from typer.testing import CliRunner
 
 from relaxlm.cli import main as program
 from relaxlm.compiler.kernels import tuning
+from relaxlm.compiler.kernels.cpu_rounded import supports
 from relaxlm.compiler.kernels.isa import best_isa
+from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.tuning import Tuning
 from relaxlm.profiling import search
+from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime.cpu import host_cpu_features
 from tests.tiny_model import TinyModel, convert
 
@@ -37,6 +40,9 @@ def test_every_matrix_is_measured_and_the_result_kept(
     isa = best_isa(host_cpu_features().__contains__)
     if isa is None:
         pytest.skip("no dot products here")
+    quant = get_scheme("q4f16_1").linear
+    if not supports(StoredMatrix(64, 64, quant, "float16"), isa):
+        pytest.skip("no kernels for matrices as small as these on this CPU")
     folder = convert(tiny.source, tmp_path / "q4", "q4f16_1")
     tuning.save(tmp_path / "cache", Tuning(), []).write_text("{")  # what was there is not read
     result = tune(folder)
