@@ -195,8 +195,13 @@ def test_the_model_is_the_same_for_every_cache_format_until_attention_is_lowered
     assert "@relaxlm.paged_attention(cache, " in written_out(first["forward"])
 
 
-@pytest.mark.parametrize("kind", ATTENTION)
-@pytest.mark.parametrize("kv_format", ["bfloat16", "float8_e4m3"])
+@pytest.mark.parametrize(
+    ("kv_format", "kind"),
+    [
+        *((name, kind) for name in ("bfloat16", "float8_e4m3") for kind in ("cpu", "cuda")),
+        ("float16", "webgpu"),  # which has no other 16 bits
+    ],
+)
 def test_the_cache_becomes_tables_and_page_tensors(kv_format: str, kind: str) -> None:
     plan = lowering(kv_format=kv_format, kind=kind)
     before = lowered(plan, until="QuantizeParameters")
