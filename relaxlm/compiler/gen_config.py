@@ -1,6 +1,6 @@
 """Writes mlc-chat-config.json and the tokenizer files of a model folder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,14 @@ from relaxlm.compiler.tokenizer_files import COPIED, collect_tokenizer_files
 from relaxlm.errors import ConfigError, UnsupportedError
 from relaxlm.files import read_json_object, write_atomically
 from relaxlm.models import load_config, raw_config
-from relaxlm.models.config import DecoderConfig
+from relaxlm.models.config import DecoderConfig, text_fields
 from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime.chat_config import FILE_NAME, ChatConfigFile, EmbeddingSection, Pooling
 from relaxlm.runtime.conv_template_table import get_conv_template
 from relaxlm.runtime.conv_templates import ConvTemplate
 from relaxlm.runtime.template import ChatTemplate, load_chat_templates, select_template
 from relaxlm.runtime.tokenizer import Tokenizer
+from relaxlm.runtime.turn_end import turn_ends
 
 DEFAULT_PREFILL_CHUNK = 2048
 DEFAULT_BATCH = 128
@@ -278,12 +279,13 @@ def _architecture(
     """The `model_config` of mlc-chat-config.json.
 
     config.json's own keys, in its own spelling, and those that other readers expect to be
-    spelled out.
+    spelled out. null stays where a key that is not there means something else.
     """
+    fields = {*type(config).model_fields, *config.absent} - {"model_type", "model_task"}
     kept = {
         key: value
         for key, value in raw.items()
-        if key not in _NOT_ARCHITECTURE and value is not None
+        if key in fields or (key not in _NOT_ARCHITECTURE and value is not None)
     }
     spelled_out: dict[str, Any] = {
         "num_key_value_heads": config.num_key_value_heads,
@@ -300,14 +302,16 @@ def _architecture(
 
 
 class _Defaults:
-    """generation_config.json, then config.json: the first that has a value gives it."""
+    """generation_config.json, config.json, the part of config.json for text: the first that has a
+    value gives it.
+    """
 
     def __init__(self, folder: Path, raw: Mapping[str, Any]) -> None:
         self._sources: list[tuple[str, Mapping[str, Any]]] = []
         path = folder / "generation_config.json"
         if path.is_file():
             self._sources.append((str(path), read_json_object(path, ConfigError)))
-        self._sources.append((str(folder / "config.json"), raw))
+        self._sources += [(str(folder / "config.json"), part) for part in (raw, text_fields(raw))]
 
     def _first(self, key: str) -> tuple[str, Any]:
         for where, content in self._sources:
@@ -383,17 +387,18 @@ def _conversation(
             "a chat model, name its format with --conv-template."
         )
         return get_conv_template("LM").resolve(tokenizer)
-    closest = closest_template(compiled[select_template(compiled)], tokenizer, model_type)
+    template = compiled[select_template(compiled)]
+    closest = closest_template(template, tokenizer, model_type)
     note(
         f"prompts are written by the model's own chat template; conv_template, for other tools, is "
         f"{closest.template.name}, which writes {closest.alike} of {len(PROBES)} test "
         "conversations "
         "alike"
     )
-    return closest.template
+    return _stopping_at(closest.template, turn_ends(template, tokenizer, tokenizer.special_tokens))
 
 
-def _stopping_at(template: ConvTemplate, eos: set[int]) -> ConvTemplate:
-    """The template with the model's end-of-text tokens too: other tools stop at no others."""
+def _stopping_at(template: ConvTemplate, eos: Set[int]) -> ConvTemplate:
+    """The template with further tokens that end an answer: other tools stop at no others."""
     ids = [*template.stop_token_ids, *sorted(eos - {*template.stop_token_ids})]
     return template.model_copy(update={"stop_token_ids": ids})

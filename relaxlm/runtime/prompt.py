@@ -13,6 +13,7 @@ from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.template import ChatTemplate, select_template
 from relaxlm.runtime.tokenizer import Tokenizer
 from relaxlm.runtime.tool_messages import ToolHabits
+from relaxlm.runtime.turn_end import turn_ends
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -49,6 +50,8 @@ class PromptBuilder:
         stop = {*config.eos_token_ids}
         if tokenizer.eos_id is not None:
             stop.add(tokenizer.eos_id)
+        for template in self._templates.values():
+            stop |= turn_ends(template, tokenizer, self._special_tokens)
         strings: list[str] = []
         if self._conversation is not None and not self._templates:
             stop.update(self._conversation.stop_token_ids)
