@@ -5,18 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from relaxlm.cli.arguments import Device, ModelFolder, ModelLib, Overrides, Threads
+
 if TYPE_CHECKING:
     from relaxlm.profiling.benchmark import Benchmark
 
 
 def bench(
-    folder: Annotated[Path, typer.Argument(help="Folder made by convert_weight and gen_config.")],
-    model_lib: Annotated[
-        Path | None,
-        typer.Option("--model-lib", help="The library. Default: compiled just in time."),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    overrides: Annotated[str | None, typer.Option("--overrides", help="As for compile.")] = None,
+    folder: ModelFolder,
+    model_lib: ModelLib = None,
+    device: Device = "auto",
+    overrides: Overrides = None,
     prompt: Annotated[
         str, typer.Option("--prompt", help="Lengths of prompts, in tokens: 512,2048.")
     ] = "512",
@@ -32,9 +31,7 @@ def bench(
         ),
     ] = "1,8",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of which the median counts.")] = 5,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Default: one per physical core.")
-    ] = None,
+    threads: Threads = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="File to write all numbers to.")
     ] = None,

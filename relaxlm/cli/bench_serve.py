@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from relaxlm.cli.arguments import ModelLib
+
 if TYPE_CHECKING:
     from relaxlm.profiling.serving import Load
     from relaxlm.profiling.serving_client import Server
@@ -28,10 +30,7 @@ def bench_serve(
     model: Annotated[
         str | None, typer.Option("--model", help="Name to ask for. Default: the first listed.")
     ] = None,
-    model_lib: Annotated[
-        Path | None,
-        typer.Option("--model-lib", help="The library. Default: compiled just in time."),
-    ] = None,
+    model_lib: ModelLib = None,
     options: Annotated[
         str, typer.Option("--options", help='More for relaxlm serve: "--mode server --threads 2".')
     ] = "",

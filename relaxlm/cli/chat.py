@@ -5,36 +5,25 @@ from typing import Annotated
 
 import typer
 
+from relaxlm.cli.arguments import (
+    ConvTemplate,
+    Device,
+    ModelFolder,
+    ModelLib,
+    Opt,
+    Overrides,
+    Threads,
+)
+
 
 def chat(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder made by build, or by convert_weight and gen_config.")
-    ],
-    model_lib: Annotated[
-        Path | None,
-        typer.Option("--model-lib", help="Compiled library. Default: compiled once, and cached."),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    overrides: Annotated[
-        str | None,
-        typer.Option(
-            "--overrides",
-            help="As for compile; with --model-lib, what the library was compiled with.",
-        ),
-    ] = None,
-    opt: Annotated[
-        str | None,
-        typer.Option("--opt", help="As for compile: act_quant=0 for exact matmuls."),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Default: one per physical core.")
-    ] = None,
-    conv_template: Annotated[
-        str | None,
-        typer.Option(
-            "--conv-template", help="Named conversation template in place of the folder's own."
-        ),
-    ] = None,
+    folder: ModelFolder,
+    model_lib: ModelLib = None,
+    device: Device = "auto",
+    overrides: Overrides = None,
+    opt: Opt = None,
+    threads: Threads = None,
+    conv_template: ConvTemplate = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Answer this, and exit; no conversation.")

@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
+from relaxlm.cli.arguments import Device, ModelFolder, ModelLib, Opt, Overrides, Threads
+
 # Texts that are tokenized at a time, and whose vectors are written together.
 _BLOCK = 1024
 
 
 def embed(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder made by build, or by convert_weight and gen_config.")
-    ],
+    folder: ModelFolder,
     text: Annotated[
         list[str] | None, typer.Option("--text", help="A text; may be given several times.")
     ] = None,
@@ -60,25 +60,11 @@ def embed(
             "--truncate", help="Cut off the end of a text that is too long for the model."
         ),
     ] = False,
-    model_lib: Annotated[
-        Path | None,
-        typer.Option("--model-lib", help="Compiled library. Default: compiled once, and cached."),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    overrides: Annotated[
-        str | None,
-        typer.Option(
-            "--overrides",
-            help="As for compile; with --model-lib, what the library was compiled with.",
-        ),
-    ] = None,
-    opt: Annotated[
-        str | None,
-        typer.Option("--opt", help="As for compile: act_quant=0 for exact matmuls."),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Default: one per physical core.")
-    ] = None,
+    model_lib: ModelLib = None,
+    device: Device = "auto",
+    overrides: Overrides = None,
+    opt: Opt = None,
+    threads: Threads = None,
 ) -> None:
     """Turn texts into vectors, with an embedding model or any other.
 

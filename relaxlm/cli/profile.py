@@ -5,17 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from relaxlm.cli.arguments import ModelFolder, ModelLib, Overrides, Threads
+
 if TYPE_CHECKING:
     from relaxlm.profiling.profile import Part, StepProfile
 
 
 def profile(
-    folder: Annotated[Path, typer.Argument(help="Folder made by convert_weight and gen_config.")],
-    model_lib: Annotated[
-        Path | None,
-        typer.Option("--model-lib", help="The library. Default: compiled just in time."),
-    ] = None,
-    overrides: Annotated[str | None, typer.Option("--overrides", help="As for compile.")] = None,
+    folder: ModelFolder,
+    model_lib: ModelLib = None,
+    overrides: Overrides = None,
     prompt: Annotated[
         int, typer.Option("--prompt", min=1, help="Tokens of the prompt that is profiled.")
     ] = 512,
@@ -29,9 +28,7 @@ def profile(
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, help="Of which the median counts.")
     ] = 10,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Default: one per physical core.")
-    ] = None,
+    threads: Threads = None,
     png: Annotated[
         Path | None, typer.Option("--png", help="Picture to draw; needs relaxlm[plot].")
     ] = None,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from relaxlm.cli.arguments import ConvTemplate, Device, ModelFolder, Opt, Overrides, Threads
 from relaxlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder made by build, or by convert_weight and gen_config.")
-    ],
+    folder: ModelFolder,
     model_lib: Annotated[
         Path | None,
         typer.Option(
@@ -24,7 +23,7 @@ def serve(
             help="Compiled library. Default: compiled once, and cached.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; 0.0.0.0: all of this machine.")
     ] = "127.0.0.1",
@@ -88,26 +87,10 @@ def serve(
             "--speculative on CPUs, so that guesses change no reply.",
         ),
     ] = None,
-    overrides: Annotated[
-        str | None,
-        typer.Option(
-            "--overrides",
-            help="As for compile; with --model-lib, what the library was compiled with.",
-        ),
-    ] = None,
-    opt: Annotated[
-        str | None,
-        typer.Option("--opt", help="As for compile: act_quant=0 for exact matmuls."),
-    ] = None,
-    conv_template: Annotated[
-        str | None,
-        typer.Option(
-            "--conv-template", help="Named conversation template in place of the folder's own."
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Default: one per physical core.")
-    ] = None,
+    overrides: Overrides = None,
+    opt: Opt = None,
+    conv_template: ConvTemplate = None,
+    threads: Threads = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from relaxlm.cli.arguments import Threads
+
 
 def tune(
     folder: Annotated[
@@ -13,9 +15,7 @@ def tune(
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.01, help="Of each comparison of candidates.")
     ] = 1.0,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Default: one per physical core.")
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Search the CPU kernels' parameters on this machine, for every later compile here.
 

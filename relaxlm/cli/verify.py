@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from relaxlm.cli.arguments import Device, Opt, Overrides
+
 
 def verify(
     source: Annotated[Path, typer.Argument(help="The original checkpoint: a Hugging Face folder.")],
@@ -25,12 +27,9 @@ def verify(
         Path | None,
         typer.Option("--model-lib", help="A folder's library. Default: compiled just in time."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    overrides: Annotated[str | None, typer.Option("--overrides", help="As for compile.")] = None,
-    opt: Annotated[
-        str | None,
-        typer.Option("--opt", help="As for compile: act_quant=0 for exact matmuls."),
-    ] = None,
+    device: Device = "auto",
+    overrides: Overrides = None,
+    opt: Opt = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", help="Text to compare on; may be given several times."),
