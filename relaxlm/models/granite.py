@@ -6,11 +6,13 @@ from typing import ClassVar, Literal
 from pydantic import PositiveFloat
 
 from relaxlm.models import llama
+from relaxlm.models.config import DecoderConfig
 
 
-class Config(llama.Config):
+class Constants(DecoderConfig):
+    """Those that every Granite multiplies by."""
+
     absent: ClassVar[dict] = {
-        **llama.Config.absent,
         "rms_norm_eps": 1e-6,
         "embedding_multiplier": 1.0,
         "attention_multiplier": 1.0,
@@ -18,7 +20,6 @@ class Config(llama.Config):
         "logits_scaling": 1.0,
     }
 
-    model_type: Literal["granite"]  # type: ignore[assignment]
     embedding_multiplier: PositiveFloat
     attention_multiplier: PositiveFloat
     residual_multiplier: PositiveFloat
@@ -39,6 +40,12 @@ class Config(llama.Config):
     @property
     def logits_scale(self) -> float:
         return 1 / self.logits_scaling
+
+
+class Config(Constants, llama.Config):
+    absent: ClassVar[dict] = {**llama.Config.absent, **Constants.absent}
+
+    model_type: Literal["granite"]  # type: ignore[assignment]
 
 
 class Model(llama.Model):

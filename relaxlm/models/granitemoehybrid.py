@@ -4,12 +4,13 @@ Mamba 2 and a few that attend, each followed by an MLP and, in larger models, ex
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor
 
 from relaxlm.models.base import Step
 from relaxlm.models.config import DecoderConfig, StateTensor
+from relaxlm.models.granite import Constants
 from relaxlm.models.layers import Attention, GatedMLP, RMSNorm, scaled
 from relaxlm.models.mamba import Mamba2Mixer, MambaShape, step_limit
 from relaxlm.models.moe import MoEConfig, MoELM, SparseMLP
@@ -17,10 +18,11 @@ from relaxlm.models.recurrent import HybridConfig
 from relaxlm.models.weights import Source
 
 
-class Config(HybridConfig, MoEConfig):
+class Config(HybridConfig, Constants, MoEConfig):
     """`intermediate_size` is that of an expert, `shared_intermediate_size` that of the MLP."""
 
     absent: ClassVar[dict] = {
+        **Constants.absent,
         "vocab_size": 32000,
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -28,14 +30,9 @@ class Config(HybridConfig, MoEConfig):
         "num_attention_heads": 32,
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "attention_bias": False,
-        "embedding_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_multiplier": 1.0,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "shared_intermediate_size": 1024,
@@ -65,10 +62,6 @@ class Config(HybridConfig, MoEConfig):
     model_type: Literal["granitemoehybrid"]
     hidden_act: Literal["silu"]
     attention_bias: bool
-    embedding_multiplier: PositiveFloat
-    attention_multiplier: PositiveFloat
-    residual_multiplier: PositiveFloat
-    logits_scaling: PositiveFloat
     # 0 for models without any.
     num_experts: NonNegativeInt
     num_experts_per_tok: NonNegativeInt
@@ -131,22 +124,6 @@ class Config(HybridConfig, MoEConfig):
 
     def layer_rope(self, layer: int) -> Any:
         return self.rope if self.position_embedding_type == "rope" else None
-
-    @property
-    def embedding_scale(self) -> float:
-        return self.embedding_multiplier
-
-    @property
-    def attention_scale(self) -> float:
-        return self.attention_multiplier
-
-    @property
-    def residual_scale(self) -> float:
-        return self.residual_multiplier
-
-    @property
-    def logits_scale(self) -> float:
-        return 1 / self.logits_scaling
 
 
 def with_today_kinds(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from relaxlm.compiler.kernels.vector import (
     vector,
     vector_unit,
 )
-from relaxlm.compiler.kernels.work_queue import FETCH_ADD_IR, WORKERS, fetch_add
+from relaxlm.compiler.kernels.work_queue import FETCH_ADD_IR, take_tasks
 from relaxlm.quantization.kv_cache import KVFormat
 
 __all__ = ["append_kernel", "attend_kernel", "attend_workspace_bytes", "page_tensors"]
@@ -203,10 +203,9 @@ def _attend_kernel(
         batch = tables.batch
         # Of the sequences before each: tasks, and rows of parts. The last entry counts all.
         before, slots = scratch(batch + 1, "int32"), scratch(batch + 1, "int32")
-        done, next_task = scratch(batch * heads, "int32"), scratch(16, "int32")
+        done = scratch(batch * heads, "int32")
         T.buffer_store(before, 0, [0])
         T.buffer_store(slots, 0, [0])
-        T.buffer_store(next_task, 0, [0])
         with T.serial(batch) as i:
             rows = tables.rows(i)
             kept = T.if_then_else(rows <= few, parts_of(tables, i) * rows, 0)
@@ -215,29 +214,12 @@ def _attend_kernel(
         with T.serial(batch * heads) as i:
             T.buffer_store(done, 0, [i])
         parts = Parts.declare(tables, few, slots, done)
-        with T.parallel(T.min(before[batch] * heads, WORKERS)):
-            task = scratch(4, "int32")
 
-            def take() -> None:
-                count = before[batch] * heads
-                T.buffer_store(task, count - 1 - fetch_add(next_task, 0), [0])
+        def run(sequence: Expr, head: Expr, index: Expr) -> None:
+            with T.If(head % heads_of(tables, sequence) == 0), T.Then():
+                run_task(tables, parts, sequence, head, index)
 
-            take()
-            with T.While(task[0] >= 0):
-                # The sequence of this task: the last one whose tasks start at or before it.
-                T.buffer_store(task, 0, [1])
-                T.buffer_store(task, T.cast(batch, "int32"), [2])
-                with T.While(task[2] - task[1] > 1):
-                    T.buffer_store(task, (task[1] + task[2]) // 2, [3])
-                    with T.If(before[task[3]] <= task[0] // heads):
-                        with T.Then():
-                            T.buffer_store(task, task[3], [1])
-                        with T.Else():
-                            T.buffer_store(task, task[3], [2])
-                index, head = task[0] // heads - before[task[1]], task[0] % heads
-                with T.If(head % heads_of(tables, task[1]) == 0), T.Then():
-                    run_task(tables, parts, task[1], head, index)
-                take()
+        take_tasks(before, batch, heads, run)
 
     def run_task(tables: Tables, parts: Parts, sequence, head, index) -> None:
         """Task `index` of a sequence and KV head."""

@@ -24,7 +24,7 @@ from relaxlm.compiler.kernels.cpu_attention_rows import attend_rows
 from relaxlm.compiler.kernels.cpu_attention_softmax import Sums
 from relaxlm.compiler.kernels.cpu_transpose import LANES, transpose_lines
 from relaxlm.compiler.kernels.vector import reduce_sum, reduce_sum_ir, splat, vector
-from relaxlm.compiler.kernels.work_queue import FETCH_ADD_IR, WORKERS, fetch_add
+from relaxlm.compiler.kernels.work_queue import FETCH_ADD_IR, take_tasks
 
 # Query rows of a task, about: filling the panels costs as much as 20 rows, and a single text of a
 # few hundred tokens is to keep all threads busy.
@@ -199,34 +199,12 @@ def _attend_kernel(shape: AttentionShape, plans: Plan) -> tirx.PrimFunc:
     def body() -> None:
         texts = Texts.declare(shape)
         batch = texts.batch
-        before, next_task = scratch(batch + 1, "int32"), scratch(16, "int32")
+        before = scratch(batch + 1, "int32")
         T.buffer_store(before, 0, [0])
-        T.buffer_store(next_task, 0, [0])
         with T.serial(batch) as i:
             blocks = (texts.rows(i) + tokens - 1) // tokens
             T.buffer_store(before, before[i] + blocks, [i + 1])
-        with T.parallel(T.min(before[batch] * heads, WORKERS)):
-            task = scratch(4, "int32")
-
-            def take() -> None:
-                count = before[batch] * heads
-                T.buffer_store(task, count - 1 - fetch_add(next_task, 0), [0])
-
-            take()
-            with T.While(task[0] >= 0):
-                # The text of this task: the last one whose tasks start at or before it.
-                T.buffer_store(task, 0, [1])
-                T.buffer_store(task, T.cast(batch, "int32"), [2])
-                with T.While(task[2] - task[1] > 1):
-                    T.buffer_store(task, (task[1] + task[2]) // 2, [3])
-                    with T.If(before[task[3]] <= task[0] // heads):
-                        with T.Then():
-                            T.buffer_store(task, task[3], [1])
-                        with T.Else():
-                            T.buffer_store(task, task[3], [2])
-                index = task[0] // heads - before[task[1]]
-                run_task(texts, task[1], task[0] % heads, index)
-                take()
+        take_tasks(before, batch, heads, lambda *task: run_task(texts, *task))
 
     def run_task(texts: Texts, text: Expr, head: Expr, index: Expr) -> None:
         kept, queries = Sums.declare(tokens * share, dim, page), scratch(tokens, "int32")

@@ -160,11 +160,14 @@ class _Rewriter(PyExprMutator):
         biases = {part.product: part.bias for part in parts}
         added = [biases[product] for product in products]
         dtypes = tuple(None if bias is None else str(bias.ty.dtype) for bias in added)
+        q_at, k_at, v_at = ((products.index(part.product), part.first) for part in parts)
+        norm, eps = (None, 0.0) if q.norm is None else (rules[0][1], rules[0][0])
         return RopeOptions(
             tuple(width for width in widths if width is not None),
-            tuple((products.index(part.product), part.first) for part in parts),  # type: ignore
+            (q_at, k_at, v_at),
             dtypes,
-            *((rules[0][1], rules[0][0]) if q.norm is not None else (None, 0.0)),
+            norm,
+            eps,
             turned=0 if q.rotation is None else 2 * int(q.rotation[1].ty.shape[1]),
             in_pairs=q.rotation is not None and q.rotation[0] == "rotate_pairs",
             scaled=q.factor is not None,
