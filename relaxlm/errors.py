@@ -58,7 +58,11 @@ class CompileError(RelaxLMError):
 
 
 class ToolchainError(CompileError):
-    pass
+    """`output`: all that the tool printed, where one ran."""
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
 
 
 class LibraryError(RelaxLMError):

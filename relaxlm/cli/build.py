@@ -23,6 +23,7 @@ def build(
         str | None, typer.Option("--conv-template", help="As for gen_config.")
     ] = None,
     overrides: Annotated[str | None, typer.Option("--overrides", help="As for compile.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="As for compile.")] = False,
 ) -> None:
     """Convert, configure and compile a model in one go."""
     from relaxlm.cli.compile import compile
@@ -40,13 +41,13 @@ def build(
     read_sentence_transformer(source if source.is_dir() else source.parent)
     name = (source if source.is_dir() else source.parent).resolve().name
     folder = output or Path("dist") / f"{name}-{quantization}"
-    library = folder / f"{name}-{quantization}-{target.kind}{target.suffix}"
+    library = folder / f"{name}-{quantization}-{target.name}{target.suffix}"
     typer.echo(f"1/3 convert_weight -> {folder}")
     convert_weight(source, folder, quantization)
     typer.echo(f"2/3 gen_config -> {folder}")
     gen_config(source, folder, quantization, conv_template)
     typer.echo(f"3/3 compile -> {library}")
-    compile(folder, library, target.kind, None, arch, overrides)
+    compile(folder, library, device, None, arch, overrides, verbose=verbose)
     if target.suffix == ".wasm":
         typer.echo("It runs in browsers and in Node.js: docs/web.md")
     elif config.model_task == "embedding":

@@ -68,9 +68,17 @@ def compile(
         Path | None,
         typer.Option("--debug-dump", help="Folder for the IR after every pass, and kernels."),
     ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            help="Seconds of each stage; for CUDA also registers, shared memory and spills of "
+            "every kernel.",
+        ),
+    ] = False,
 ) -> None:
     """Compile a model's configuration into one library for one device."""
-    from relaxlm.cli.report import compile_progress, print_memory
+    from relaxlm.cli.report import compile_progress, print_kernels, print_memory, print_stages
     from relaxlm.compiler.request import CompileRequest
     from relaxlm.models.config import unknown_fields
 
@@ -85,6 +93,10 @@ def compile(
         compiled = request.compile(debug_dump=debug_dump, progress=progress)
         compiled.save(output, progress)
     print_memory(compiled.metadata)
+    if verbose:
+        print_stages(compiled.seconds)
+        if compiled.kernels:
+            print_kernels(compiled.kernels)
     target = request.device
     seconds = sum(compiled.seconds.values())
     typer.echo(f"wrote {output}: {target.kind} {','.join(target.arch)}, {seconds:.1f} s")

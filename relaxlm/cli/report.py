@@ -1,12 +1,18 @@
 """What several commands print: progress of a compilation, and memory."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 
 from relaxlm.files import format_bytes
 from relaxlm.runtime.metadata import LibraryMetadata
+
+if TYPE_CHECKING:
+    from relaxlm.compiler.cuda_report import KernelReport
 
 
 @contextmanager
@@ -63,3 +69,47 @@ def print_memory(info: LibraryMetadata) -> None:
     typer.echo("memory:")
     for line in memory_lines(info):
         typer.echo(line)
+
+
+def print_stages(seconds: Mapping[str, float]) -> None:
+    """What `--verbose` says of any compilation."""
+    stages = (f"{stage} {value:.1f} s" for stage, value in seconds.items())
+    typer.echo("compiled: " + ", ".join(stages))
+
+
+def print_kernels(reports: list[KernelReport]) -> None:
+    """What `--verbose` says of a CUDA library's kernels; those that spill first."""
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    from relaxlm.compiler.cuda_report import worst_first
+
+    reports = worst_first(reports)
+    spilling = {report.kernel for report in reports if report.spills}
+    archs = sorted({report.arch for report in reports}, key=lambda arch: (len(arch), arch))
+    typer.echo(
+        f"kernels: {len({report.kernel for report in reports})} for {', '.join(archs)}; "
+        f"{len(spilling) or 'none'} {'spills' if len(spilling) == 1 else 'spill'}; at most "
+        f"{max(report.registers for report in reports)} registers and "
+        f"{format_bytes(max(report.shared for report in reports))} of shared memory"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("arch", no_wrap=True)
+    for name in ("registers", "shared B", "spill stores B", "loads B", "stack B"):
+        table.add_column(name, justify="right")
+    last = ""
+    for report in reports:
+        numbers = (
+            *(report.registers, report.shared),
+            *(report.spill_stores, report.spill_loads, report.stack),
+        )
+        name = report.kernel if report.kernel != last else ""
+        table.add_row(name, report.arch, *map(str, numbers), style="red" if report.spills else None)
+        last = report.kernel
+    # All of it, where a file or a program reads it.
+    console = Console(highlight=False)
+    wanted = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(wanted, 1) if not console.is_terminal else console.width
+    console.print(table)

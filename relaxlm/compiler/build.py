@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from tvm import relax
 
 from relaxlm import models
 from relaxlm.compiler.cross import zig_linker
-from relaxlm.compiler.cuda import check_device_code, cuda_compilation
+from relaxlm.compiler.cuda import CudaBuild, check_device_code, cuda_compilation
+from relaxlm.compiler.cuda_report import KernelReport
 from relaxlm.compiler.kernels import tuning
 from relaxlm.compiler.kernels.attention import PAGE_SIZE
 from relaxlm.compiler.kernels.cpu_attention import attend_workspace_bytes
@@ -76,12 +77,14 @@ class CompiledModel:
         executable: for `relax.VirtualMachine`.
         metadata: what the library will say of itself.
         seconds: compile time by stage.
+        kernels: of a CUDA library, what each kernel takes on each architecture.
     """
 
     executable: Any
     metadata: LibraryMetadata
     device: DeviceTarget
     seconds: dict[str, float]
+    kernels: list[KernelReport] = field(default_factory=list)
 
     def save(self, output: Path, progress: Progress = lambda stage, share: None) -> None:
         """Write the library; it appears under its name only when complete.
@@ -103,9 +106,11 @@ class CompiledModel:
         else:
             platform = self.device.platform
             linker = None if platform.is_here else zig_linker(platform)
-        export_library(self.executable, output, linker)
+        export_library(self.executable, output, linker, lambda path: self._check(path, output))
+
+    def _check(self, library: Path, name: Path) -> None:
         if self.device.kind == "cuda":
-            check_device_code(output, self.device.arch)
+            check_device_code(library, self.device.arch, name)
 
 
 def compile_model(
@@ -142,7 +147,7 @@ def compile_model(
     module = _add_metadata(module, metadata.model_dump_json())
 
     clock.start("generate code", 0.4)
-    with _code_generation(device, debug_dump):
+    with _code_generation(device, debug_dump) as generated:
         executable = relax.build(
             module,
             target,
@@ -150,7 +155,8 @@ def compile_model(
             system_lib=device.platform.is_static or device.suffix == ".wasm",
         )
     clock.stop()
-    return CompiledModel(executable, metadata, device, seconds)
+    kernels = generated.reports if isinstance(generated, CudaBuild) else []
+    return CompiledModel(executable, metadata, device, seconds, kernels)
 
 
 def _check_wasm_memory(info: LibraryMetadata) -> None:

@@ -25,7 +25,7 @@ start, if that machine has a CUDA compiler at all, and a faulty kernel would sho
         executable = tvm.compile(module, target=target.tvm_target())
     export_library(executable, path)
     check_device_code(path, target.arch)
-    build.reports   # registers and spills of each kernel on each architecture
+    build.reports   # registers, shared memory and spills of each kernel on each architecture
 """
 
 from __future__ import annotations
@@ -40,31 +40,24 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from relaxlm.compiler.cuda_report import (
+    DynamicSharedMemory,
+    KernelReport,
+    find_fault,
+    parse_ptxas,
+)
 from relaxlm.compiler.link import find_linker, run_tool
 from relaxlm.compiler.target import arch_number
 from relaxlm.errors import CompileError, ToolchainError
 from relaxlm.runtime import cuda as runtime
 
+if TYPE_CHECKING:
+    import tvm
+
 TOOLKIT = Path("/usr/local/cuda")  # where NVIDIA's installer puts it
 INSTALL = 'install the CUDA 13 toolkit or run `pip install "relaxlm[cuda]"`'
-
-
-@dataclass(frozen=True)
-class KernelReport:
-    """What ptxas says of one kernel on one architecture. Sizes in bytes per thread."""
-
-    kernel: str
-    arch: str
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-
-    def __str__(self) -> str:
-        spills = f", spills {self.spill_stores}/{self.spill_loads} B" if self.spill_stores else ""
-        stack = f", stack {self.stack} B" if self.stack else ""
-        return f"{self.arch} {self.kernel}: {self.registers} registers{stack}{spills}"
 
 
 @dataclass
@@ -76,6 +69,7 @@ class CudaBuild:
     debug_dir: Path | None = None
     sources: list[str] = field(default_factory=list)
     reports: list[KernelReport] = field(default_factory=list)
+    launches: DynamicSharedMemory = field(default_factory=DynamicSharedMemory)
     error: CompileError | None = None
 
     def compile(self, source: str) -> bytes:
@@ -89,7 +83,7 @@ class CudaBuild:
         except CompileError as error:
             self.error = error
             raise
-        self.reports += parse_ptxas(log)
+        self.reports += self.launches.add_to(parse_ptxas(log))
         return binary
 
 
@@ -114,7 +108,8 @@ def cuda_compilation(archs: Sequence[str], debug_dir: Path | None = None) -> Ite
     forced_source = os.environ.pop("TVM_COMPILE_FORCE_FALLBACK", None)
     tvm_ffi.register_global_func(name, build.compile, override=True)
     try:
-        yield build
+        with _watched_by(build.launches):
+            yield build
     except Exception:
         # An exception that crosses TVM's C++ comes back with another type and a C++ stack trace.
         if build.error is not None:
@@ -127,6 +122,20 @@ def cuda_compilation(archs: Sequence[str], debug_dir: Path | None = None) -> Ite
             tvm_ffi.register_global_func(name, theirs, override=True)
         if forced_source is not None:
             os.environ["TVM_COMPILE_FORCE_FALLBACK"] = forced_source
+
+
+def _watched_by(instrument: DynamicSharedMemory) -> tvm.transform.PassContext:
+    """The pass context of now with one more instrument."""
+    import tvm
+
+    now = tvm.transform.PassContext.current()
+    return tvm.transform.PassContext(
+        opt_level=now.opt_level,
+        required_pass=list(now.required_pass),
+        disabled_pass=list(now.disabled_pass),
+        instruments=[*now.instruments, instrument],
+        config=dict(now.config),
+    )
 
 
 def find_nvcc() -> Path:
@@ -170,7 +179,7 @@ def compile_fatbin(
         The fat binary, and what nvcc printed: ptxas's report. The same source gives the same bytes.
 
     Raises:
-        ToolchainError: nvcc refused the source; the message has its first error.
+        ToolchainError: nvcc refused the source; the message has the kernel and the first error.
     """
     newest = arch_number(max(archs, key=arch_number))
     generate = [f"arch=compute_{arch_number(a)},code=sm_{arch_number(a)}" for a in archs]
@@ -192,12 +201,7 @@ def compile_fatbin(
         try:
             log = run_tool(command, f"compile {name}.cu", cwd=folder)
         except ToolchainError as error:
-            kept = (
-                "--debug-dump DIR keeps the source"
-                if debug_dir is None
-                else f"the source is {debug_dir / name}.cu"
-            )
-            raise ToolchainError(f"{error}; {kept}") from None
+            raise _refusal(error, source, nvcc, folder / f"{name}.cu", newest, debug_dir) from None
         binary = (folder / f"{name}.fatbin").read_bytes()
     if debug_dir is not None:
         (debug_dir / f"{name}.fatbin").write_bytes(binary)
@@ -205,27 +209,34 @@ def compile_fatbin(
     return binary, log
 
 
-def parse_ptxas(log: str) -> list[KernelReport]:
-    """Read the output of `ptxas -v`: one report per kernel and architecture."""
-    pattern = re.compile(
-        r"Compiling entry function '(?P<kernel>[^']+)' for '(?P<arch>sm_\w+)'"
-        r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-        r"(?P<loads>\d+) bytes spill loads"
-        r".*?Used (?P<registers>\d+) registers",
-        re.DOTALL,
+def _refusal(
+    error: ToolchainError,
+    source: str,
+    nvcc: Path,
+    file: Path,
+    newest: int,
+    debug_dir: Path | None,
+) -> ToolchainError:
+    """An error that says which kernel nvcc refuses, and why."""
+
+    def ptx(arch: str) -> str:
+        text = file.with_suffix(".ptx")
+        command = [str(nvcc), "--ptx", "-O3", "-std=c++17", f"-arch=compute_{arch or newest}"]
+        # It is written, and then refused once more.
+        with contextlib.suppress(ToolchainError):
+            run_tool([*command, "-o", text.name, file.name], "write PTX", cwd=file.parent)
+        return text.read_text(encoding="utf-8") if text.is_file() else ""
+
+    kept = (
+        "--debug-dump DIR keeps the source"
+        if debug_dir is None
+        else f"the source is {debug_dir / file.name}"
     )
-    reports = [
-        KernelReport(
-            kernel=found["kernel"],
-            arch=found["arch"],
-            registers=int(found["registers"]),
-            stack=int(found["stack"]),
-            spill_stores=int(found["stores"]),
-            spill_loads=int(found["loads"]),
-        )
-        for found in pattern.finditer(log)
-    ]
-    return sorted(reports, key=lambda report: (arch_number(report.arch), report.kernel))
+    fault = find_fault(error.output, source, ptx)
+    if fault is None:
+        return ToolchainError(f"{error}; {kept}")
+    kernel = f"kernel '{fault.kernel}'" if fault.kernel else file.name
+    return ToolchainError(f"{nvcc} refuses {kernel}: {fault}; {kept}")
 
 
 @dataclass(frozen=True)
@@ -273,11 +284,14 @@ def _is_machine_code(payload: bytes) -> bool:
     return len(payload) >= 20 and struct.unpack_from("<H", payload, 18)[0] == _ELF_MACHINE_CUDA
 
 
-def check_device_code(library: Path, archs: Sequence[str]) -> list[DeviceCode]:
+def check_device_code(
+    library: Path, archs: Sequence[str], name: Path | None = None
+) -> list[DeviceCode]:
     """Make sure that a linked library has machine code for every architecture, and no source.
 
     Args:
         archs: ("sm_80", "sm_90"); PTX of the newest must be there, too.
+        name: what errors call the library, if it is not yet where it will be.
 
     Returns:
         The images found.
@@ -285,10 +299,10 @@ def check_device_code(library: Path, archs: Sequence[str]) -> list[DeviceCode]:
     Raises:
         CompileError: something is missing, or the library carries CUDA source text.
     """
-    data = library.read_bytes()
+    data, name = library.read_bytes(), name or library
     if b"__global__ void" in data:
         raise CompileError(
-            f"{library}: carries the kernels' source text instead of machine code; this is a fault "
+            f"{name}: carries the kernels' source text instead of machine code; this is a fault "
             "of relaxlm: TVM's CUDA runtime was not in use when the kernels were compiled"
         )
     images = device_code(data)
@@ -299,7 +313,7 @@ def check_device_code(library: Path, archs: Sequence[str]) -> list[DeviceCode]:
         wanted.append(f"PTX of {newest}")
     if wanted:
         found = ", ".join(f"{image.kind} {image.arch}" for image in images) or "no device code"
-        raise CompileError(f"{library}: lacks {', '.join(wanted)}; found {found}")
+        raise CompileError(f"{name}: lacks {', '.join(wanted)}; found {found}")
     return images
 
 

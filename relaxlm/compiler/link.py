@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +98,12 @@ def find_linker() -> Linker:
     )
 
 
-def export_library(executable: Any, output: Path, linker: LinksObjects | None = None) -> None:
+def export_library(
+    executable: Any,
+    output: Path,
+    linker: LinksObjects | None = None,
+    check: Callable[[Path], object] = lambda path: None,
+) -> None:
     """Write a compiled module as a library, or as a `.tar` of its object files.
 
     The library appears under its name only when it is complete.
@@ -107,6 +112,7 @@ def export_library(executable: Any, output: Path, linker: LinksObjects | None = 
         executable: what `tvm.compile` returned.
         output: the file to write; missing parent folders are made.
         linker: the result of `find_linker` if None. A `.tar` needs none.
+        check: raises if the file, which has another name until then, is not to be used.
 
     Raises:
         ToolchainError: there is no linker, or it failed.
@@ -123,6 +129,7 @@ def export_library(executable: Any, output: Path, linker: LinksObjects | None = 
     fcompile.object_format = "o"  # type: ignore[attr-defined]  # what TVM asks a linker function
     try:
         executable.export_library(str(partial), fcompile=fcompile)
+        check(partial)
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
@@ -153,7 +160,8 @@ def run_tool(command: Sequence[str], purpose: str, **options: Any) -> str:
     if result.returncode != 0:
         raise ToolchainError(
             f"{command[0]} failed to {purpose} (status {result.returncode}): "
-            + first_error(result.stdout)
+            + first_error(result.stdout),
+            result.stdout,
         )
     return result.stdout
 

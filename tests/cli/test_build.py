@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,9 +46,11 @@ def test_estimate_and_compile_agree_on_memory(built: tuple[Path, str], tmp_path:
     folder, printed = built
     options = ("--device", "cpu", "--overrides", "context_window_size=512;kv_cache_dtype=fp8")
     estimate = relaxlm("estimate", folder, *options).stdout
-    compiled = relaxlm("compile", folder, *options, "-o", tmp_path / "model.so").stdout
+    output = ("-o", tmp_path / "model.so", "--verbose")
+    compiled = relaxlm("compile", folder, *options, *output).stdout
     memory = estimate[estimate.index("memory:") :]
     assert memory in compiled
+    assert re.search(r"^compiled: lower [\d.]+ s, generate code [\d.]+ s$", compiled, re.MULTILINE)
     assert "float8_e4m3" in memory and "512 tokens of context" in memory
     assert memory not in printed  # built with the folder's own limits
 

@@ -1,12 +1,13 @@
-"""The memory that commands print, with and without pages and recurrent states."""
+"""The memory and the kernels that commands print."""
 
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from relaxlm.cli.report import memory_lines
+from relaxlm.cli.report import memory_lines, print_kernels
 from relaxlm.cli.serve import _memory_lines
+from relaxlm.compiler.cuda_report import KernelReport
 from relaxlm.engine.config import EngineConfig, plan_cache
 from relaxlm.engine.loop import EngineLoop
 from relaxlm.files import format_bytes
@@ -53,3 +54,25 @@ def test_what_an_engine_takes(plain: LibraryMetadata, kind: str) -> None:
     states = "  recurrent states    22.8 kB  19 of 1.2 kB, 12 of them for requests to go on from"
     assert (states in text) == (kind != "attention")
     assert "up to 4 requests at a time, 256 tokens each" in text
+
+
+def test_kernels_of_a_cuda_library(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a_kernel_with_a_name_that_would_not_fit_into_eighty_columns_beside_its_numbers"
+    print_kernels(
+        [
+            KernelReport("cast_kernel", "sm_90", 12, 0, 0, 0),
+            KernelReport(name, "sm_90", 64, 8, 4, 12, shared=49152),
+            KernelReport("cast_kernel", "sm_100", 10, 0, 0, 0),
+            KernelReport(name, "sm_100", 70, 0, 0, 0, shared=49152),
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "kernels: 2 for sm_90, sm_100; 1 spills; at most 70 registers and 49.2 kB of shared memory"
+    )
+    assert [line.split() for line in lines[2:]] == [
+        [name, "sm_90", "64", "49152", "4", "12", "8"],
+        ["sm_100", "70", "49152", "0", "0", "0"],
+        ["cast_kernel", "sm_90", "12", "0", "0", "0", "0"],
+        ["sm_100", "10", "0", "0", "0", "0"],
+    ]

@@ -11,14 +11,13 @@ from tvm.script import tirx as T
 from relaxlm.compiler import cuda
 from relaxlm.compiler.cuda import (
     DeviceCode,
-    KernelReport,
     check_device_code,
     compile_fatbin,
     cuda_compilation,
     device_code,
     find_nvcc,
-    parse_ptxas,
 )
+from relaxlm.compiler.cuda_report import KernelReport, find_fault, parse_ptxas, worst_first
 from relaxlm.compiler.link import Linker, export_library
 from relaxlm.compiler.target import resolve_device
 from relaxlm.errors import CompileError, ToolchainError
@@ -48,7 +47,10 @@ def add_one(x_h: T.handle):
     for block in T.thread_binding(n, thread="blockIdx.x"):
         for lane in T.thread_binding(64, thread="threadIdx.x"):
             with T.sblock("add"):
-                x[block, lane] = x[block, lane] + T.float16(1)
+                turned = T.sblock_alloc_buffer((64,), "float16", scope="shared.dyn")
+                turned[lane] = x[block, lane]
+                T.tvm_storage_sync("shared")
+                x[block, lane] = turned[63 - lane] + T.float16(1)
 
 
 @T.prim_func(s_tir=True)
@@ -80,8 +82,9 @@ def test_library_has_machine_code_for_every_architecture(
     assert set(images) == {
         *(DeviceCode("elf", "sm_80"), DeviceCode("elf", "sm_90"), DeviceCode("ptx", "sm_90"))
     }
-    assert [(report.arch, report.kernel) for report in result.reports] == [
-        *(("sm_80", "add_one_kernel"), ("sm_90", "add_one_kernel"))
+    # ptxas knows nothing of shared memory that comes with the launch.
+    assert [(report.arch, report.kernel, report.shared) for report in result.reports] == [
+        *(("sm_80", "add_one_kernel", 128), ("sm_90", "add_one_kernel", 128))
     ]
     assert sorted(path.name for path in (tmp_path / "debug").iterdir()) == [
         *("kernels.cu", "kernels.fatbin", "kernels.ptxas.txt")
@@ -108,22 +111,65 @@ def test_same_source_gives_the_same_bytes() -> None:
 def test_faulty_kernel(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError) as caught, cuda_compilation(("sm_80",), tmp_path):
         build(calls_what_is_not_there, "sm_80")
-    message = str(caught.value)
-    assert message.startswith(f"{find_nvcc()} failed to compile kernels.cu (status ")
-    assert message.endswith(
-        'error: identifier "no_such_function" is undefined; '
-        f"the source is {tmp_path / 'kernels.cu'}"
+    source = (tmp_path / "kernels.cu").read_text()
+    number, line = next(
+        (number, line.strip())
+        for number, line in enumerate(source.splitlines(), 1)
+        if "no_such_function" in line
     )
-    assert "no_such_function" in (tmp_path / "kernels.cu").read_text()
-    with pytest.raises(ToolchainError, match=r"; --debug-dump DIR keeps the source$"):
-        compile_fatbin("nonsense", ("sm_80",), find_nvcc())
+    assert str(caught.value) == (
+        f"{find_nvcc()} refuses kernel 'broken_kernel': identifier \"no_such_function\" is "
+        f"undefined (line {number}: {line}); the source is {tmp_path / 'kernels.cu'}"
+    )
+
+
+KERNEL = 'extern "C" __global__ void __launch_bounds__(64) %s(float* x) { %s }\n'
+HELPER = "template <int N> __device__ float helper(float x) { return nothing<N>(x); }\n"
 
 
 @needs_nvcc
-def test_assembler_refusing_too_much_shared_memory() -> None:
-    source = SOURCE.replace("{", "{ __shared__ float s[20000]; s[threadIdx.x] = x[1]; *x = s[2];")
-    with pytest.raises(ToolchainError, match="uses too much shared data"):
-        compile_fatbin(source, ("sm_80",), find_nvcc())
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            KERNEL % ("bad", "__shared__ float s[20000]; s[threadIdx.x] = x[1]; *x = s[2];"),
+            "refuses kernel 'bad': uses too much shared data (0x13880 bytes, 0xc000 max)",
+        ),
+        (
+            KERNEL % ("bad", 'asm("ldmatrixx;");'),
+            "refuses kernel 'bad': Not a name of any known instruction: 'ldmatrixx' in "
+            "`ldmatrixx;`",
+        ),
+        (
+            "extern __device__ float nothing(float);\n" + KERNEL % ("bad", "*x = nothing(*x);"),
+            "refuses kernel 'bad': Unresolved extern function '_Z7nothingf'",
+        ),
+        (
+            HELPER + KERNEL % ("bad", "int y = also; *x = helper<3>(*x);"),
+            "refuses kernel 'bad': identifier \"also\" is undefined (line 3: "
+            'extern "C" __global__ void __launch_bounds__(64) bad(float* x) '
+            "{ int y = also; *x = helper<3>(*x); }), and 1 more",
+        ),
+        ("#include <nowhere.h>\n", "failed to compile kernels.cu (status "),
+    ],
+    ids=["shared memory", "instruction", "linking", "two errors", "no kernel"],
+)
+def test_what_nvcc_refuses(source: str, message: str) -> None:
+    with pytest.raises(ToolchainError) as caught:
+        compile_fatbin(SOURCE + source, ("sm_80",), find_nvcc())
+    assert f"{find_nvcc()} {message}" in str(caught.value)
+    assert str(caught.value).endswith("; --debug-dump DIR keeps the source")
+
+
+def test_an_error_in_a_template_names_the_kernel_that_uses_it() -> None:
+    source = HELPER + SOURCE + KERNEL % ("bad", "*x = helper<3>(*x);")
+    output = """kernels.cu(1): error: no instance of function template "nothing" matches
+          detected during instantiation of "float helper<N>(float) [with N=3]" at line 3
+kernels.cu(2): error: another
+"""
+    fault = find_fault(output, source, lambda arch: "")
+    assert fault is not None and (fault.kernel, fault.line, fault.more) == ("bad", 1, 1)
+    assert find_fault("nvcc fatal   : no luck", source, lambda arch: "") is None
 
 
 def test_a_library_with_source_text_is_refused(
@@ -188,7 +234,7 @@ def test_ptxas_report() -> None:
 ptxas info    : Compiling entry function 'attend' for 'sm_90'
 ptxas info    : Function properties for attend
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 64 registers, used 1 barriers, 8 bytes cumulative stack size
+ptxas info    : Used 64 registers, used 1 barriers, 8 bytes cumulative stack size, 192 bytes smem
 ptxas info    : Compile time = 13.555 ms
 ptxas info    : Compiling entry function 'append' for 'sm_80'
 ptxas info    : Function properties for append
@@ -198,12 +244,27 @@ ptxas info    : Used 8 registers, used 0 barriers, 372 bytes cmem[0]
     reports = parse_ptxas(log)
     assert reports == [
         KernelReport("append", "sm_80", 8, 0, 0, 0),
-        KernelReport("attend", "sm_90", 64, 8, 4, 12),
+        KernelReport("attend", "sm_90", 64, 8, 4, 12, shared=192),
     ]
     assert [str(report) for report in reports] == [
         "sm_80 append: 8 registers",
         "sm_90 attend: 64 registers, stack 8 B, spills 4/12 B",
     ]
+    assert [report.kernel for report in worst_first(reports)] == ["attend", "append"]
+
+
+def test_what_spills_comes_first_and_architectures_stay_together() -> None:
+    reports = [
+        KernelReport("small", "sm_90", 8, 0, 0, 0),
+        KernelReport("large", "sm_90", 200, 0, 0, 0),
+        KernelReport("large", "sm_100", 20, 0, 0, 0),
+        KernelReport("spills", "sm_90", 16, 8, 4, 4),
+        KernelReport("small", "sm_100", 8, 0, 0, 0),
+        KernelReport("spills", "sm_100", 16, 0, 0, 0),
+    ]
+    order = [(report.kernel, report.arch) for report in worst_first(reports)]
+    names = ("spills", "large", "small")
+    assert order == [(name, arch) for name in names for arch in ("sm_90", "sm_100")]
 
 
 @pytest.fixture

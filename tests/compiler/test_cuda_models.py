@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from relaxlm import models
-from relaxlm.compiler import cuda
-from relaxlm.compiler.build import compile_model, describe_model
+from relaxlm.compiler import build, cuda
+from relaxlm.compiler.build import describe_model
 from relaxlm.compiler.options import CompileOptions
 from relaxlm.compiler.target import resolve_device
-from relaxlm.errors import LibraryError, ToolchainError
+from relaxlm.errors import CompileError, LibraryError, ToolchainError
 from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library
@@ -25,10 +25,13 @@ needs_nvcc = pytest.mark.skipif(not NVCC, reason="there is no nvcc")
 RAW = tiny_config("llama", num_hidden_layers=1)
 
 
-def compile_to(path: Path, scheme_name: str, arch: str, overrides: str = "") -> None:
+def compile_to(path: Path, scheme_name: str, arch: str, overrides: str = "") -> build.CompiledModel:
     config, scheme = models.load_config(RAW), get_scheme(scheme_name)
     options = CompileOptions.resolve(config, scheme, overrides=overrides)
-    compile_model(config, RAW, scheme, resolve_device("cuda", arch), options).save(path)
+    device = resolve_device("cuda", arch)
+    compiled = build.compile_model(config, RAW, scheme, device, options)
+    compiled.save(path)
+    return compiled
 
 
 @needs_nvcc
@@ -41,11 +44,27 @@ def test_a_preset_becomes_machine_code(scheme: str, tmp_path: Path) -> None:
 
 
 @needs_nvcc
-def test_several_architectures_and_an_fp8_cache(tmp_path: Path) -> None:
+def test_several_architectures_and_an_fp8_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = tmp_path / "model.so"
-    compile_to(library, "q4f16_1", "sm_90,sm_80", "kv_cache_dtype=fp8")
+    compiled = compile_to(library, "q4f16_1", "sm_90,sm_80", "kv_cache_dtype=fp8")
+    attention = [r for r in compiled.kernels if r.kernel == "paged_attention_kernel"]
+    assert [report.arch for report in attention] == ["sm_80", "sm_90"]
+    assert all(report.registers > 0 and report.shared > 1000 for report in attention)
     images = {(image.kind, image.arch) for image in cuda.device_code(library.read_bytes())}
     assert images == {("elf", "sm_80"), ("elf", "sm_90"), ("ptx", "sm_90")}
+    # One without its code is not written, and leaves the one of before.
+    before = library.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(CompileError) as caught:
+        patch.setattr(cuda, "device_code", lambda data: [])
+        compiled.save(library)
+    assert str(caught.value) == (
+        f"{library}: lacks machine code for sm_80, machine code for sm_90, PTX of sm_90; found no "
+        "device code"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model.so"]
+    assert library.read_bytes() == before
 
 
 @needs_nvcc
