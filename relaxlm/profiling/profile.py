@@ -51,6 +51,9 @@ class Part:
     operations: int = 0
 
 
+OfRounds = Callable[[Sequence[float]], float]
+
+
 @dataclass
 class StepProfile:
     """One kind of step.
@@ -58,7 +61,7 @@ class StepProfile:
     Attributes:
         title: what it is.
         tokens: new ones, of all its sequences.
-        seconds: of the whole step, unwatched; the median of the rounds.
+        seconds: of the whole step, unwatched; the median of the rounds, or what else was asked for.
         kernels: the longest first.
         layers: in order; calls before and after them are "before" and "after".
         outside: seconds outside kernels.
@@ -75,8 +78,14 @@ class StepProfile:
         return asdict(self)
 
 
-def profile_prefill(session: Session, tokens: int, rounds: int) -> StepProfile:
+def profile_prefill(
+    session: Session, tokens: int, rounds: int, of_rounds: OfRounds = statistics.median
+) -> StepProfile:
     """Profile the first chunk of a prompt.
+
+    Args:
+        of_rounds: makes one time of those of all rounds, for the step and for each call; `min`
+            where other programs disturb.
 
     Raises:
         ContextOverflowError: longer than the library's chunk.
@@ -87,15 +96,26 @@ def profile_prefill(session: Session, tokens: int, rounds: int) -> StepProfile:
         [(0, tokens)],
         lambda: session.prefill(tokens),
         rounds,
+        of_rounds,
     )
 
 
-def profile_decode(session: Session, context: int, batch: int, rounds: int) -> StepProfile:
-    """Profile one step of `batch` sequences with `context` tokens each."""
+def profile_decode(
+    session: Session,
+    context: int,
+    batch: int,
+    rounds: int,
+    of_rounds: OfRounds = statistics.median,
+) -> StepProfile:
+    """Profile one step of `batch` sequences with `context` tokens each.
+
+    Args:
+        of_rounds: as of `profile_prefill`.
+    """
     title = f"decode after {context} tokens" + (f", {batch} sequences" if batch > 1 else "")
     session.prepare(context, batch)
     # Later steps find a little more in the cache.
-    return _profile(session, title, [(context, 1)] * batch, session.step, rounds)
+    return _profile(session, title, [(context, 1)] * batch, session.step, rounds, of_rounds)
 
 
 def _profile(
@@ -104,6 +124,7 @@ def _profile(
     sequences: Sequence[tuple[int, int]],
     step: Callable[[], object],
     rounds: int,
+    of_rounds: OfRounds,
 ) -> StepProfile:
     instrument = Instrument(session.executor)
     for _ in range(_WARM_UP):
@@ -119,9 +140,9 @@ def _profile(
             step()
         assert len(seconds) == len(calls), "a step differs from the one before"
         watched.append(seconds)
-    medians = [statistics.median(values) for values in zip(*watched, strict=True)]
-    tokens = sum(new for _, new in sequences)
-    return summarize(session.executor.metadata, title, tokens, sequences, calls, medians, whole)
+    taken = [of_rounds(values) for values in zip(*watched, strict=True)]
+    tokens, info = sum(new for _, new in sequences), session.executor.metadata
+    return summarize(info, title, tokens, sequences, calls, taken, of_rounds(whole))
 
 
 def summarize(
@@ -131,14 +152,14 @@ def summarize(
     sequences: Sequence[tuple[int, int]],
     calls: Sequence[Call],
     seconds: Sequence[float],
-    whole: Sequence[float],
+    whole: float,
 ) -> StepProfile:
     """Add calls up.
 
     Args:
         sequences: (tokens in the cache before, new tokens) of each.
         seconds: of each call.
-        whole: seconds of whole steps, unwatched.
+        whole: seconds of the whole step, unwatched.
     """
     costs = _Costs(info, sequences)
     kernels: dict[tuple[str, str], Part] = {}
@@ -156,10 +177,9 @@ def summarize(
             part.seconds += taken
             part.nbytes += nbytes
             part.operations += operations
-    middle = statistics.median(whole)
     ordered = sorted(kernels.values(), key=lambda part: -part.seconds)
-    outside = max(0.0, middle - sum(seconds))
-    return StepProfile(title, tokens, middle, ordered, list(layers.values()), outside)
+    outside = max(0.0, whole - sum(seconds))
+    return StepProfile(title, tokens, whole, ordered, list(layers.values()), outside)
 
 
 class _Costs:

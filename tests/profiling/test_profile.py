@@ -121,7 +121,7 @@ def test_parameters_of_a_layer_name_it(session: Session) -> None:
         Call("add", (x, x)),
     ]
     seconds = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-    step = summarize(session.executor.metadata, "", 5, [(0, 5)], calls, seconds, [30.0])
+    step = summarize(session.executor.metadata, "", 5, [(0, 5)], calls, seconds, 30.0)
     found = [(part.name, part.seconds) for part in step.layers]
     assert found == [("before", 3.0), ("0", 7.0), ("1", 5.0), ("after", 13.0)]
     assert step.outside == 2.0
@@ -139,3 +139,8 @@ def test_picture(session: Session, tmp_path: Path) -> None:
     steps = [profile_prefill(session, 8, 1), profile_decode(session, 8, 1, 1)]
     draw(steps, tmp_path / "steps.png", "tiny")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_stands_for_all_rounds(session: Session) -> None:
+    step = profile_decode(session, 8, 1, 3, of_rounds=len)
+    assert step.seconds == 3 and {part.seconds / part.calls for part in step.kernels} == {3}
