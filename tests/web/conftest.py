@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from relaxlm.web.npm import DRIVER, node_modules
 
 RunNode = Callable[..., Any]
 PATIENCE_S = 300
+# Drivers of Vulkan that need no GPU: Mesa's, and the one that comes with Chromium.
+SOFTWARE_GPUS = (
+    ("/usr/share/vulkan/icd.d", "lvp_icd*.json"),
+    ("/usr/lib/chromium", "vk_swiftshader_icd.json"),
+)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +64,7 @@ def node(driver: Path) -> RunNode:
     It returns what the module passes to `output`.
     """
 
-    def run(script: str, data: Any = None) -> Any:
+    def run(script: str, data: Any = None, **environment: str) -> Any:
         file = driver / f"test-{os.urandom(4).hex()}.mjs"
         result = file.with_suffix(".json")  # the runtime prints to standard output
         file.write_text(
@@ -75,9 +81,48 @@ def node(driver: Path) -> RunNode:
             capture_output=True,
             text=True,
             timeout=PATIENCE_S,
+            env={**os.environ, **environment},
         )
         assert ended.returncode == 0, "\n".join(line[:300] for line in ended.stderr.splitlines())
         return json.loads(result.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def webgpu_node(node: RunNode) -> RunNode:
+    """Runs a module as `node` does, where there is WebGPU, too; `dtype` is what it computes in."""
+    try:
+        dawn = node_modules(Path(__file__).parent / "dawn") / "webgpu" / "index.js"
+    except ToolchainError as error:
+        pytest.skip(str(error))
+    start = (
+        f"import {{ create, globals }} from {json.dumps(dawn.as_uri())};\n"
+        "Object.assign(globalThis, globals);\n"
+        "const value = { gpu: create([]) };\n"
+        'Object.defineProperty(globalThis, "navigator", { value, configurable: true });\n'
+    )
+
+    @cache
+    def features(driver: str) -> list[str]:
+        """What a driver has beyond the least; "none" if it has no device."""
+        ask = "const found = await navigator.gpu.requestAdapter();\n"
+        tell = 'output(found ? [...found.features] : ["none"]); process.exit(0);'
+        return node(start + ask + tell, VK_ICD_FILENAMES=driver)
+
+    def run(script: str, data: Any = None, dtype: str = "float32") -> Any:
+        found = [str(file) for folder, name in SOFTWARE_GPUS for file in Path(folder).glob(name)]
+        for driver in found:
+            if "none" in features(driver):
+                continue
+            if dtype != "float16" or "shader-f16" in features(driver):
+                # Dawn would keep the process alive.
+                script = f"{start}{script}\nprocess.exit(0);"
+                return node(script, data, VK_ICD_FILENAMES=driver)
+        pytest.skip(
+            f"no software GPU that computes in {dtype}; Mesa's, from its version 25 on, does "
+            f"(Debian's package mesa-vulkan-drivers). Drivers found: {', '.join(found) or 'none'}"
+        )
 
     return run
 
@@ -127,3 +172,25 @@ def demo_cpu(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_wasm(demo: Path, kept_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its library for the CPU of browsers."""
     return compile_demo(demo, "wasm", tmp_path_factory.mktemp("wasm") / "demo.wasm")
+
+
+@pytest.fixture(scope="session")
+def demo_webgpu(demo: Path, kept_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its library for the GPU of browsers."""
+    return compile_demo(demo, "webgpu", tmp_path_factory.mktemp("webgpu") / "demo.wasm")
+
+
+@pytest.fixture(scope="session")
+def demo32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in q4f32_1, which needs no float16."""
+    return convert_demo(tmp_path_factory.mktemp("demo32"), "q4f32_1")
+
+
+@pytest.fixture(scope="session")
+def demo32_cpu(demo32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_demo(demo32, "cpu", tmp_path_factory.mktemp("cpu32") / "demo.so")
+
+
+@pytest.fixture(scope="session")
+def demo32_webgpu(demo32: Path, kept_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_demo(demo32, "webgpu", tmp_path_factory.mktemp("webgpu32") / "demo.wasm")

@@ -18,14 +18,9 @@ import pytest
 
 from relaxlm import ChatModule
 from relaxlm.errors import ConfigError, LibraryError
-from relaxlm.runtime.executor import Executor
-from relaxlm.runtime.library import Library
-from relaxlm.runtime.page_pool import PagePool
-from relaxlm.runtime.params import WeightFolder
-from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.web.package import package_web
 from tests.server.page.conftest import ARGUMENTS, NAMES
-from tests.web.conftest import compile_demo, convert_demo
+from tests.web.steps import RUN_STEPS, on_cpu
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -41,21 +36,13 @@ GREEDY = json.dumps({"numbers": {"temperature": 0}})
 # Steps of several sequences: how many tokens each gets.
 STEPS = [[[0, 18]], [[0, 1]], [[1, 5], [0, 1]]]
 
-LOGITS = """async ({ steps, library }) => {
-  const { ChatModule } = await import("./relaxlm/index.js");
-  const chat = await ChatModule.load({ model: "model/", library });
-  const { executor, sequences } = chat;
-  sequences.add();
-  sequences.add();
-  const found = [];
-  for (const { counts, ids } of steps) {
-    const tables = sequences.batch(counts);
-    const last = tables.rowOffsets.slice(1).map((end) => end - 1);
-    found.push(Array.from(await executor.forward(tables, ids, last)));
-  }
+LOGITS = f"""async ({{ steps, library }}) => {{
+  const {{ ChatModule }} = await import("./relaxlm/index.js");
+  const chat = await ChatModule.load({{ model: "model/", library }});
+  const found = await ({RUN_STEPS})(chat, steps);
   chat.dispose();
   return found;
-}"""
+}}"""
 
 
 @contextmanager
@@ -188,24 +175,11 @@ def test_a_large_model_is_loaded_when_it_is_wanted(
 
 
 @pytest.fixture(scope="module")
-def float32_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Software GPUs have no float16."""
-    return convert_demo(tmp_path_factory.mktemp("demo32"), "q4f32_1")
-
-
-@pytest.fixture(scope="module")
-def gpu_site(
-    float32_demo: Path, kept_cache: None, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    place = tmp_path_factory.mktemp("gpu-site")
-    library = compile_demo(float32_demo, "webgpu", place / "demo.wasm")
-    package_web(float32_demo, [library], place / "demo")
-    return place / "demo"
-
-
-@pytest.fixture(scope="module")
-def float32_library(float32_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_demo(float32_demo, "cpu", tmp_path_factory.mktemp("cpu32") / "demo.so")
+def gpu_site(demo32: Path, demo32_webgpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32: Chromium's software GPU has no float16."""
+    site = tmp_path_factory.mktemp("gpu-site") / "demo"
+    package_web(demo32, [demo32_webgpu], site)
+    return site
 
 
 def needs_adapter(page: Page) -> None:
@@ -214,19 +188,9 @@ def needs_adapter(page: Page) -> None:
 
 
 def test_logits_on_the_gpu_are_those_of_the_cpu(
-    browser: Browser, gpu_site: Path, float32_demo: Path, float32_library: Path
+    browser: Browser, gpu_site: Path, demo32: Path, demo32_cpu: Path
 ) -> None:
-    rng = np.random.default_rng(0)
-    library = Library.load(float32_library)
-    sequences = PagedSequences(PagePool(8), library.metadata.kv_cache.page_size)
-    executor = Executor(library, WeightFolder(float32_demo), 8)
-    assert [sequences.add(), sequences.add()] == [0, 1]
-    steps, expected = [], []
-    for counts in STEPS:
-        tables = sequences.batch([(seq, count) for seq, count in counts])
-        ids = rng.integers(0, library.metadata.vocab_size, int(tables.row_offsets[-1]), np.int32)
-        expected.append(executor.forward(tables, ids, tables.row_offsets[1:] - 1).ravel())
-        steps.append({"counts": counts, "ids": ids.tolist()})
+    steps, expected = on_cpu(demo32, demo32_cpu, STEPS)
     with served(gpu_site) as address, opened(browser, address) as page:
         needs_adapter(page)
         path = json.loads((gpu_site / "model.json").read_text())["libraries"]["webgpu"]
@@ -237,9 +201,9 @@ def test_logits_on_the_gpu_are_those_of_the_cpu(
 
 
 def test_a_chat_on_the_gpu_is_that_of_the_cpu(
-    browser: Browser, gpu_site: Path, float32_demo: Path, float32_library: Path
+    browser: Browser, gpu_site: Path, demo32: Path, demo32_cpu: Path
 ) -> None:
-    chat = ChatModule(float32_demo, model_lib=float32_library)
+    chat = ChatModule(demo32, model_lib=demo32_cpu)
     expected = chat.generate(QUESTION, {"temperature": 0})
     with served(gpu_site) as address, opened(browser, address) as page:
         needs_adapter(page)

@@ -7,21 +7,9 @@ import numpy as np
 import pytest
 
 from relaxlm import ChatModule
-from relaxlm.runtime.executor import Executor
-from relaxlm.runtime.library import Library
-from relaxlm.runtime.page_pool import PagePool
-from relaxlm.runtime.params import WeightFolder
-from relaxlm.runtime.sequence_table import PagedSequences
 from tests.web.conftest import RunNode
+from tests.web.steps import LOAD, RUN_STEPS, on_cpu
 
-LOAD = """
-import { ChatModule, DiskFiles } from "./index.js";
-const open = (more) => ChatModule.load({
-  model: new DiskFiles(input.folder),
-  library: new Uint8Array(readFileSync(input.library)),
-  ...more,
-});
-"""
 # Steps of several sequences: how many tokens each gets.
 STEPS = [[[0, 21]], [[0, 1], [1, 17]], [[1, 1], [0, 1]], [[0, 40], [1, 3]], [[0, 1], [1, 1]]]
 
@@ -34,33 +22,8 @@ def chat(demo: Path, demo_cpu: Path) -> ChatModule:
 def test_logits_of_mixed_steps_are_those_of_the_cpu(
     node: RunNode, demo: Path, demo_cpu: Path, demo_wasm: Path
 ) -> None:
-    script = (
-        LOAD
-        + """
-    const chat = await open();
-    const { executor, sequences } = chat;
-    sequences.add();
-    sequences.add();
-    const logits = [];
-    for (const { steps, ids } of input.steps) {
-      const tables = sequences.batch(steps);
-      const last = tables.rowOffsets.slice(1).map((end) => end - 1);
-      logits.push(Array.from(await executor.forward(tables, ids, last)));
-    }
-    output(logits);
-    """
-    )
-    rng = np.random.default_rng(0)
-    library = Library.load(demo_cpu)
-    sequences = PagedSequences(PagePool(16), library.metadata.kv_cache.page_size)
-    executor = Executor(library, WeightFolder(demo), 16)
-    assert [sequences.add(), sequences.add()] == [0, 1]
-    steps, expected = [], []
-    for step in STEPS:
-        tables = sequences.batch([(seq, count) for seq, count in step])
-        ids = rng.integers(0, library.metadata.vocab_size, int(tables.row_offsets[-1]), np.int32)
-        expected.append(executor.forward(tables, ids, tables.row_offsets[1:] - 1).ravel())
-        steps.append({"steps": step, "ids": ids.tolist()})
+    steps, expected = on_cpu(demo, demo_cpu, STEPS)
+    script = f"{LOAD}const run = {RUN_STEPS};output(await run(await open(), input.steps));"
     found = node(script, {"folder": str(demo), "library": str(demo_wasm), "steps": steps})
     # The cache is float16: where float32 sums differ in their last bit, a value may round the
     # other way.
