@@ -19,6 +19,7 @@ from relaxlm.compiler.kernels import (
 )
 from relaxlm.compiler.kernels.attention import PageTensor
 from relaxlm.compiler.passes.add_peaks import AddPeaks
+from relaxlm.compiler.passes.fuse_dequantize_matmul import FuseDequantizeMatmul
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
 from relaxlm.compiler.passes.fuse_rope_cpu import FuseRopeCPU
 from relaxlm.compiler.passes.legalize_cpu import legalize_cpu
@@ -37,6 +38,7 @@ from relaxlm.compiler.passes.lower_routing_cuda import LowerRoutingCUDA
 from relaxlm.compiler.passes.schedule_cpu import schedule_cpu
 from relaxlm.compiler.passes.share_tensors import ShareTensors
 from relaxlm.compiler.passes.split_few_rows import SplitFewRows
+from relaxlm.compiler.passes.sum_in_float32 import SumInFloat32
 from relaxlm.compiler.passes.take_rows_early import TakeRowsEarly
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.weights import ParameterSpec
@@ -131,6 +133,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
                     if lowering.kind == "cuda"
                     else []
                 ),
+                *([] if lowering.kind == "cuda" else [SumInFloat32()]),
                 relax.transform.FuseTransposeMatmul(),
             ]
         ),
@@ -140,6 +143,11 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
+        *(
+            []
+            if lowering.kind in ("cpu", "cuda")  # whose matmuls read what is stored already
+            else [FuseDequantizeMatmul(), relax.transform.FuseTIR()]
+        ),
         relax.transform.DeadCodeElimination(),
         # Loop nests -> parallel loops, or grids of threads.
         *(
