@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import types
 from enum import Enum
 from pathlib import Path
@@ -172,7 +171,7 @@ def test_version_names_relaxlm_and_tvm():
     )
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = """
         import sys
         from relaxlm.cli.main import app
@@ -183,12 +182,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         heavy = {"tvm", "tvm_ffi", "numpy", "torch", "transformers", "tokenizers", "pydantic"}
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
         """
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
 
 
 def test_every_command_is_a_function_of_its_own_file(monkeypatch):
