@@ -1,5 +1,6 @@
 """Compare a compiled model with transformers: tiny random checkpoints, both sides on the CPU."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,26 @@ def check_parity(raw: dict) -> None:
     ids = np.random.default_rng(5).integers(0, VOCAB, 70)
     expected = reference_logits(model, ids)
     for chunks in ([70], [16, 1, 33, 20], [1] * 70):
+        (logits,) = compiled.run([ids], chunks)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5, err_msg=str(chunks))
+
+
+def check_transcription(
+    raw: dict,
+    state: dict[str, torch.Tensor],
+    reference: Callable[[dict, dict[str, np.ndarray], np.ndarray], np.ndarray],
+    scheme: str = "q0f32",
+) -> None:
+    """Logits are those of a transcription of the published code: in float32 as `check_parity`, of a
+    preset as `check_quantized`."""
+    exact = scheme == "q0f32"
+    stored = stored_parameters(raw, state, scheme)
+    compiled = Compiled(raw, stored, scheme, "" if exact else "kv_cache_dtype=float32")
+    length, steps = (70, ([70], [16, 1, 33, 20], [1] * 70)) if exact else (37, ([20, 1, 16],))
+    ids = np.random.default_rng(5).integers(0, VOCAB, length)
+    kept = state if exact else dequantized_state(raw, state, scheme)
+    expected = reference(raw, {name: tensor.numpy() for name, tensor in kept.items()}, ids)
+    for chunks in steps:
         (logits,) = compiled.run([ids], chunks)
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5, err_msg=str(chunks))
 

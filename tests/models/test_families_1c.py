@@ -15,7 +15,7 @@ import torch
 from relaxlm import models
 from tests.models import numpy_decoders as plain
 from tests.models import parity
-from tests.models.parity import VOCAB, Compiled, tiny_config
+from tests.models.parity import VOCAB, tiny_config
 
 
 def internlm2(raw: Mapping[str, Any], w: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
@@ -116,8 +116,8 @@ def random_state(raw: dict) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}
 
 
-def reference(raw: dict, state: Mapping[str, torch.Tensor], ids: np.ndarray) -> np.ndarray:
-    exact = {name: tensor.numpy().astype(np.float64) for name, tensor in state.items()}
+def reference(raw: dict, state: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    exact = {name: array.astype(np.float64) for name, array in state.items()}
     return REFERENCES[raw["model_type"]](raw, exact, ids)
 
 
@@ -127,20 +127,10 @@ def test_logits_match_the_published_code(variant: str) -> None:
     state = random_state(raw)
     specs = models.parameter_specs(models.load_config(raw))
     assert {source.name for spec in specs for source in spec.sources} == set(state)
-    compiled = Compiled(raw, parity.stored_parameters(raw, state, "q0f32"), "q0f32")
-    ids = np.random.default_rng(5).integers(0, VOCAB, 70)
-    expected = reference(raw, state, ids)
-    for chunks in ([70], [16, 1, 33, 20], [1] * 70):
-        (logits,) = compiled.run([ids], chunks)
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5, err_msg=str(chunks))
+    parity.check_transcription(raw, state, reference)
 
 
-def test_quantized() -> None:
-    raw, scheme = VARIANTS["internlm2"], "q4f16_1"
-    state = random_state(raw)
-    stored = parity.stored_parameters(raw, state, scheme)
-    compiled = Compiled(raw, stored, scheme, "kv_cache_dtype=float32")
-    ids = np.random.default_rng(7).integers(0, VOCAB, 37)
-    (logits,) = compiled.run([ids], [20, 1, 16])
-    kept = parity.dequantized_state(raw, state, scheme)
-    np.testing.assert_allclose(logits, reference(raw, kept, ids), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("model_type", REFERENCES)
+def test_quantized(model_type: str) -> None:
+    raw = VARIANTS[model_type]
+    parity.check_transcription(raw, random_state(raw), reference, "q4f16_1")

@@ -12,7 +12,7 @@ from relaxlm import models
 from relaxlm.errors import ConfigError, UnsupportedError
 from relaxlm.models.config import unknown_fields
 from tests.models import numpy_decoders, parity
-from tests.models.parity import VOCAB, Compiled, tiny_config
+from tests.models.parity import VOCAB, tiny_config
 
 VARIANTS = {
     "glm": tiny_config("glm", pad_token_id=0, head_dim=24, partial_rotary_factor=0.5),
@@ -150,13 +150,14 @@ def random_state(raw: dict) -> dict[str, torch.Tensor]:
 def test_logits_match_the_transcription(variant: str) -> None:
     raw = OWN_REFERENCE[variant]
     state = random_state(raw)
-    ids = np.random.default_rng(5).integers(0, VOCAB, 70)
-    tensors = {name: tensor.numpy() for name, tensor in state.items()}
-    expected = getattr(numpy_decoders, raw["model_type"])(raw, tensors, ids)
-    compiled = Compiled(raw, parity.stored_parameters(raw, state, "q0f32"), "q0f32")
-    for chunks in ([70], [16, 1, 33, 20], [1] * 70):
-        (logits,) = compiled.run([ids], chunks)
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5, err_msg=str(chunks))
+    parity.check_transcription(raw, state, getattr(numpy_decoders, raw["model_type"]))
+
+
+@pytest.mark.parametrize("model_type", ["baichuan", "chatglm", "minicpm"])
+def test_quantized_matches_the_transcription(model_type: str) -> None:
+    raw = OWN_REFERENCE[model_type]
+    reference = getattr(numpy_decoders, model_type)
+    parity.check_transcription(raw, random_state(raw), reference, "q4f16_1")
 
 
 def test_the_head_of_baichuan_2_has_rows_of_length_1() -> None:
