@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 REASONING: Mapping[str, ReasoningTags] = {
     "think": ReasoningTags("<think>", "</think>"),
     "THINK": ReasoningTags("[THINK]", "[/THINK]"),
+    "THINKING": ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>"),
     "channel": ReasoningTags("<|channel>thought\n", "<channel|>"),
 }
 
@@ -127,7 +128,7 @@ def reply_format(
     Args:
         templates: the model's chat templates by name, none for a model without.
         tools: the name of a tool format (`FORMATS`), in place of what the template says.
-        reasoning: "think", "THINK", "channel" or "none", in place of what the template says.
+        reasoning: a name of `REASONING` or "none", in place of what the template says.
 
     Raises:
         ConfigError: no format of that name.

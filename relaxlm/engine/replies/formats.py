@@ -8,6 +8,7 @@ from typing import Literal
 
 from relaxlm.engine.replies import harmony, tagged_calls, xml_calls
 from relaxlm.engine.replies.json_calls import calls
+from relaxlm.engine.replies.python_calls import python_calls
 from relaxlm.engine.replies.reader import NotACall, Reader, Wait
 from relaxlm.engine.replies.sink import Sink
 from relaxlm.engine.replies.tagged_calls import (
@@ -16,16 +17,22 @@ from relaxlm.engine.replies.tagged_calls import (
     DEEPSEEK_CALL_END,
     DEEPSEEK_END,
     DEEPSEEK_SEP,
+    KIMI_ARGUMENTS,
+    KIMI_BEGIN,
+    KIMI_CALL,
+    KIMI_CALL_END,
+    KIMI_END,
 )
 from relaxlm.engine.replies.tools import ToolRequest
+from relaxlm.engine.replies.xml_calls import MINIMAX_BEGIN, MINIMAX_END
 
 ReadCalls = Callable[[Reader, Sink, str, ToolRequest], Wait]
 
 # Marks behind which there is a call only if JSON says so.
 BARE_MARKS = ("```json", "{", "[")
-# What stands in a layout for the function's name, for nine letters and digits, and for a space that
-# some vocabularies put there.
-NAME, ID, SPACE = "{name}", "{id}", "{space}"
+# What stands in a layout for the function's name, for nine letters and digits, for a number, and
+# for a space that some vocabularies put there.
+NAME, ID, NUMBER, SPACE = "{name}", "{id}", "{number}", "{space}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Layout:
     between: str = ""
     end: str = ""
     trigger: str = ""
-    arguments: Literal["json", "qwen", "glm"] = "json"
+    arguments: Literal["json", "qwen", "glm", "minimax"] = "json"
     several: bool = True
 
 
@@ -59,6 +66,7 @@ class ToolFormat:
         read: what comes behind a mark.
         layout: how a grammar makes the model write calls.
         hints: all of these texts in a chat template mean this format.
+        other_hint: so does this one alone.
         tokens: texts that are tokens of their own in many vocabularies.
         short_ids: ids of nine letters and digits.
     """
@@ -70,6 +78,13 @@ class ToolFormat:
     hints: tuple[str, ...]
     tokens: tuple[str, ...] = field(default=())
     short_ids: bool = False
+    other_hint: str | None = None
+
+    def is_meant_by(self, template: str) -> bool:
+        """Whether a chat template's text speaks of this format."""
+        if self.other_hint is not None and self.other_hint in template:
+            return True
+        return all(hint in template for hint in self.hints)
 
 
 def _bare(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
@@ -111,8 +126,21 @@ def _deepseek(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait
     return tagged_calls.deepseek(reader, sink)
 
 
-def _phi4(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
-    return tagged_calls.in_tags(reader, sink, "<|/tool_call|>")
+def _kimi(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
+    return tagged_calls.kimi(reader, sink)
+
+
+def _minimax(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
+    return xml_calls.minimax_calls(reader, sink, tools.functions)
+
+
+def _lfm2(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
+    return python_calls(reader, sink, "<|tool_call_end|>")
+
+
+def _until(end: str) -> ReadCalls:
+    """Reads JSON up to a mark."""
+    return lambda reader, sink, mark, tools: tagged_calls.in_tags(reader, sink, end)
 
 
 def _cohere(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
@@ -177,6 +205,94 @@ FORMATS = (
         ),
         (DEEPSEEK_BEGIN,),
         _DEEPSEEK_TOKENS,
+    ),
+    ToolFormat(
+        "kimi",
+        (KIMI_BEGIN,),
+        _kimi,
+        Layout(
+            f"{KIMI_CALL}functions.{NAME}:{NUMBER}{KIMI_ARGUMENTS}",
+            KIMI_CALL_END,
+            KIMI_BEGIN,
+            "",
+            KIMI_END,
+            KIMI_BEGIN,
+        ),
+        (KIMI_BEGIN,),
+        (KIMI_BEGIN, KIMI_CALL, KIMI_ARGUMENTS, KIMI_CALL_END, KIMI_END),
+    ),
+    ToolFormat(
+        "minimax",
+        (MINIMAX_BEGIN,),
+        _minimax,
+        Layout(
+            f'<invoke name="{NAME}">\n',
+            "</invoke>",
+            f"{MINIMAX_BEGIN}\n",
+            "\n",
+            f"\n{MINIMAX_END}",
+            MINIMAX_BEGIN,
+            arguments="minimax",
+        ),
+        (MINIMAX_BEGIN,),
+        (MINIMAX_BEGIN, MINIMAX_END),
+    ),
+    ToolFormat(
+        "lfm2",
+        ("<|tool_call_start|>",),
+        _lfm2,
+        # Calls as in Python are what the models write by themselves; they know these, too.
+        Layout(
+            _ARGUMENTS,
+            "}",
+            "<|tool_call_start|>[",
+            ", ",
+            "]<|tool_call_end|>",
+            "<|tool_call_start|>",
+        ),
+        ("<|tool_call_start|>",),
+        ("<|tool_call_start|>", "<|tool_call_end|>"),
+        other_hint="<|tool_list_start|>",
+    ),
+    ToolFormat(
+        "nemotron",
+        ("<TOOLCALL>",),
+        _until("</TOOLCALL>"),
+        Layout(_ARGUMENTS, "}", "<TOOLCALL>[", ", ", "]</TOOLCALL>", "<TOOLCALL>"),
+        ("<TOOLCALL>",),
+        ("<TOOLCALL>", "</TOOLCALL>"),
+    ),
+    ToolFormat(
+        "minitron",
+        ("<toolcall>",),
+        _until("</toolcall>"),
+        Layout(f"<toolcall> {_ARGUMENTS}", "} </toolcall>", between="\n", trigger="<toolcall>"),
+        ("<extra_id_1>", "<tool> "),
+        ("<toolcall>", "</toolcall>"),
+    ),
+    ToolFormat(
+        "granite",
+        # 3.0 and 3.1 write the second one.
+        ("<|tool_call|>", "<tool_call>"),
+        _until("</tool_call>"),
+        Layout(_ARGUMENTS, "}", "<|tool_call|>[", ", ", "]", "<|tool_call|>"),
+        ("<|start_of_role|>", "<|tool_call|>"),
+        ("<|tool_call|>", "<tool_call>"),
+    ),
+    ToolFormat(
+        "command_a",
+        ("<|START_ACTION|>",),
+        _until("<|END_ACTION|>"),
+        Layout(
+            f'    {{"tool_name": "{NAME}", "parameters": ',
+            "}",
+            "<|START_ACTION|>[\n",
+            ",\n",
+            "\n]<|END_ACTION|>",
+            "<|START_ACTION|>",
+        ),
+        ("<|START_ACTION|>",),
+        ("<|START_ACTION|>", "<|END_ACTION|>"),
     ),
     ToolFormat(
         "mistral_call_id",
@@ -249,7 +365,7 @@ FORMATS = (
     ToolFormat(
         "phi4",
         ("<|tool_call|>", "functools"),
-        _phi4,
+        _until("<|/tool_call|>"),
         Layout(_ARGUMENTS, "}", "<|tool_call|>[", ", ", "]<|/tool_call|>", "<|tool_call|>"),
         ("<|tool|>",),
         ("<|tool_call|>", "<|/tool_call|>"),
@@ -292,4 +408,4 @@ def format_named(name: str) -> ToolFormat | None:
 
 def format_of(template: str) -> ToolFormat:
     """The format that a chat template's text speaks of; plain JSON if it speaks of none."""
-    return next(entry for entry in FORMATS if all(hint in template for hint in entry.hints))
+    return next(entry for entry in FORMATS if entry.is_meant_by(template))

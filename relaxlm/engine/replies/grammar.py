@@ -17,18 +17,26 @@ from collections.abc import Mapping, Sequence
 from relaxlm.engine.grammar import GrammarSpec
 from relaxlm.engine.grammar_schema import json_rule
 from relaxlm.engine.grammar_source import lark_source, literal
-from relaxlm.engine.replies.formats import BARE_MARKS, ID, NAME, SPACE, ToolFormat
+from relaxlm.engine.replies.formats import (
+    BARE_MARKS,
+    ID,
+    NAME,
+    NUMBER,
+    SPACE,
+    ToolFormat,
+)
 from relaxlm.engine.replies.harmony import CHANNEL, END, MESSAGE, START
 from relaxlm.engine.replies.json_calls import KNOWN_KEYS
 from relaxlm.engine.replies.parser import ReasoningTags
 from relaxlm.engine.replies.tools import Function, ToolRequest
 from relaxlm.engine.replies.xml_arguments import tagged_arguments
 
-_FILL = {SPACE: '" "?', ID: "CALL_ID"}
+_FILL = {SPACE: '" "?', ID: "CALL_ID", NUMBER: "CALL_NUMBER"}
 _SPACE = r"/[ \t\r\n]{0,8}/"
 _TERMINALS = r"""TEXT: /(?s:.*)/
 WHITE: /[ \t\r\n]{1,8}/
 CALL_ID: /[a-zA-Z0-9]{9}/
+CALL_NUMBER: /[0-9]{1,3}/
 """
 # An object that the parser of calls without marks would look into.
 _BARE_CALL = r"/\{[ \t\r\n]*\"([^\"]*\\|(" + "|".join(sorted(KNOWN_KEYS)) + r")\")/"

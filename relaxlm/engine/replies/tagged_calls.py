@@ -5,7 +5,7 @@ Every reader is called behind the mark, and raises NotACall before it has passed
 call follows. A mark at the end may be missing.
 """
 
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 
 from relaxlm.engine.replies.json_calls import calls, stream_object
 from relaxlm.engine.replies.reader import NotACall, Reader, Wait
@@ -18,6 +18,12 @@ DEEPSEEK_CALL = "<｜tool▁call▁begin｜>"
 DEEPSEEK_SEP = "<｜tool▁sep｜>"
 DEEPSEEK_CALL_END = "<｜tool▁call▁end｜>"
 DEEPSEEK_END = "<｜tool▁calls▁end｜>"
+
+KIMI_BEGIN = "<|tool_calls_section_begin|>"
+KIMI_CALL = "<|tool_call_begin|>"
+KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
+KIMI_CALL_END = "<|tool_call_end|>"
+KIMI_END = "<|tool_calls_section_end|>"
 
 
 def bare(reader: Reader, sink: Sink, mark: str, names: Collection[str]) -> Wait:
@@ -68,17 +74,7 @@ def deepseek(reader: Reader, sink: Sink) -> Wait:
     """<｜tool▁calls▁begin｜> and calls, each name<｜tool▁sep｜>{..}, or in R1's models
     function<｜tool▁sep｜>name, a line end and a fenced block of JSON.
     """
-    yield from _deepseek_call(reader, sink)
-    while True:
-        reader.forget()
-        if (yield from reader.skip_after_space(DEEPSEEK_END)):
-            return
-        try:
-            reader.check_patience()
-            yield from _deepseek_call(reader, sink)
-        except NotACall:
-            reader.back(0)
-            return
+    yield from repeated(reader, DEEPSEEK_END, lambda: _deepseek_call(reader, sink))
 
 
 def _deepseek_call(reader: Reader, sink: Sink) -> Wait:
@@ -97,6 +93,52 @@ def _deepseek_call(reader: Reader, sink: Sink) -> Wait:
     if fenced:
         yield from reader.skip_after_space("```")
     yield from reader.skip_after_space(DEEPSEEK_CALL_END)
+
+
+def kimi(reader: Reader, sink: Sink) -> Wait:
+    """<|tool_calls_section_begin|> and calls, each with its id in front, functions.NAME:0."""
+    ids: set[str] = set()
+    yield from repeated(reader, KIMI_END, lambda: _kimi_call(reader, sink, ids))
+
+
+def _kimi_call(reader: Reader, sink: Sink, ids: set[str]) -> Wait:
+    yield from reader.skip_space()
+    yield from reader.expect(KIMI_CALL)
+    yield from reader.skip_space()
+    start = reader.pos
+    name = yield from name_before(reader, ": <")
+    if (yield from reader.skip(":")):
+        yield from name_before(reader, " <")
+    call_id = reader.text[start : reader.pos]
+    yield from reader.skip_space()
+    yield from reader.expect(KIMI_ARGUMENTS)
+    yield from reader.skip_space()
+    if (yield from reader.peek()) != "{":
+        raise NotACall
+    # The template writes the id again, behind the call and above its result.
+    sink.call(name.removeprefix("functions."), None if call_id in ids else call_id)
+    ids.add(call_id)
+    yield from stream_object(reader, sink)
+    yield from reader.skip_after_space(KIMI_CALL_END)
+
+
+def repeated(reader: Reader, end: str, read_call: Callable[[], Wait]) -> Wait:
+    """One call or more, and the mark `end`.
+
+    Raises:
+        NotACall: there is no call.
+    """
+    yield from read_call()
+    while True:
+        reader.forget()
+        if (yield from reader.skip_after_space(end)):
+            return
+        try:
+            reader.check_patience()
+            yield from read_call()
+        except NotACall:
+            reader.back(0)
+            return
 
 
 def cohere(reader: Reader, sink: Sink) -> Wait:

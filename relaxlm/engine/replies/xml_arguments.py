@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # What stands around a key, and around its value.
 _TAGS = {
     "qwen": ("<parameter=", ">\n", "\n</parameter>", "\n"),
+    "minimax": ('<parameter name="', '">', "</parameter>", "\n"),
     "glm": ("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>", "\n"),
 }
 _DEFINITIONS = ("$defs", "definitions")
@@ -27,7 +28,7 @@ _STRING_LIMITS = ("pattern", "format", "minLength", "maxLength")
 
 
 def tagged_arguments(
-    rules: Rules, function: Function, i: int, style: Literal["qwen", "glm"]
+    rules: Rules, function: Function, i: int, style: Literal["qwen", "glm", "minimax"]
 ) -> str:
     """All arguments of function number `i`, in the order of its schema.
 
@@ -50,7 +51,7 @@ def tagged_arguments(
 
 
 def _argument(
-    rules: Rules, function: Function, key: str, name: str, style: Literal["qwen", "glm"]
+    rules: Rules, function: Function, key: str, name: str, style: Literal["qwen", "glm", "minimax"]
 ) -> str:
     before, between, after, end = _TAGS[style]
     schema = function.parameters["properties"][key]

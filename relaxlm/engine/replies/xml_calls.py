@@ -9,6 +9,13 @@
     </function>
     </tool_call>
 
+    MiniMax M2
+    <minimax:tool_call>
+    <invoke name="get_weather">
+    <parameter name="city">Paris</parameter>
+    </invoke>
+    </minimax:tool_call>
+
 Nothing in the text tells a string from another value: the function's schema does. A value that the
 schema does not know is a string; one that should be none, but is no JSON, is a string too.
 """
@@ -20,7 +27,7 @@ from typing import Any
 
 from relaxlm.engine.replies.reader import Reader, Wait
 from relaxlm.engine.replies.sink import Sink
-from relaxlm.engine.replies.tagged_calls import name_before
+from relaxlm.engine.replies.tagged_calls import name_before, repeated
 from relaxlm.engine.replies.tools import Function
 
 
@@ -28,7 +35,7 @@ from relaxlm.engine.replies.tools import Function
 class ArgumentTags:
     """key_begin KEY key_end value_begin VALUE, one of value_ends; `end` behind the last argument.
 
-    Without value_begin a value begins behind key_end and a line end.
+    Without value_begin a value begins behind key_end and a line end; "" means at once.
     """
 
     key_begin: str
@@ -39,6 +46,8 @@ class ArgumentTags:
 
 
 QWEN = ArgumentTags("<parameter=", ">", None, ("\n</parameter>", "</parameter>"), "</function>")
+MINIMAX = ArgumentTags('<parameter name="', '">', "", ("</parameter>",), "</invoke>")
+MINIMAX_BEGIN, MINIMAX_END = "<minimax:tool_call>", "</minimax:tool_call>"
 GLM = ArgumentTags("<arg_key>", "</arg_key>", "<arg_value>", ("</arg_value>",), "</tool_call>")
 
 
@@ -54,6 +63,19 @@ def glm_call(reader: Reader, sink: Sink, functions: Sequence[Function]) -> Wait:
     yield from reader.skip_space()
     name = yield from name_before(reader, "< \t\r\n")
     yield from _arguments(reader, sink, GLM, name, functions)
+
+
+def minimax_calls(reader: Reader, sink: Sink, functions: Sequence[Function]) -> Wait:
+    """Behind "<minimax:tool_call>"."""
+    yield from repeated(reader, MINIMAX_END, lambda: _invoke(reader, sink, functions))
+
+
+def _invoke(reader: Reader, sink: Sink, functions: Sequence[Function]) -> Wait:
+    yield from reader.skip_space()
+    yield from reader.expect('<invoke name="')
+    name = yield from name_before(reader, '"')
+    yield from reader.expect('">')
+    yield from _arguments(reader, sink, MINIMAX, name, functions)
 
 
 def _arguments(

@@ -103,6 +103,10 @@ def cases() -> Iterator[Case]:
     yield from _mistral()
     yield from _bare()
     yield from _others()
+    yield from _lists_in_marks()
+    yield from _kimi()
+    yield from _minimax()
+    yield from _python()
     yield from _harmony()
 
 
@@ -339,6 +343,89 @@ def _others() -> Iterator[Case]:
         "I will.",
     )
     yield Case("cohere malformed", "cohere", "Action: go on", [], "Action: go on")
+
+
+def _lists_in_marks() -> Iterator[Case]:
+    """Formats that are a list of JSON objects between two marks."""
+    marks = {
+        "granite": ("<|tool_call|>", "", "name", "arguments"),
+        "nemotron": ("<TOOLCALL>", "</TOOLCALL>", "name", "arguments"),
+        "minitron": ("<toolcall> ", " </toolcall>", "name", "arguments"),
+        "command_a": ("<|START_ACTION|>", "<|END_ACTION|>", "tool_name", "parameters"),
+        "lfm2": ("<|tool_call_start|>", "<|tool_call_end|>", "name", "arguments"),
+    }
+    for name, (begin, end, key, arguments) in marks.items():
+        one = f'{{"{key}": "f", "{arguments}": {HARD}, "id": "0"}}'
+        two = f'{begin}[\n  {one},\n  {{"{key}": "g", "{arguments}": {{}}}}\n]{end}'
+        yield Case(f"{name} two", name, f"Ok.\n{two}", [("f", HARD), ("g", "{}")], "Ok.")
+        yield Case(f"{name} alone", name, f"{begin}{one}{end}", [("f", HARD)])
+        yield Case(f"{name} malformed", name, f"{begin}[f", [], f"{begin}[f")
+        cut = f'{begin}[{{"{key}": "f", "{arguments}": {{"s": '
+        yield Case(f"{name} cut", name, cut, [("f", '{"s": ')])
+    yield Case(
+        "granite 3.0", "granite", '<tool_call>[{"name": "g", "arguments": {}}]', [("g", "{}")]
+    )
+
+
+def _kimi() -> Iterator[Case]:
+    def call(call_id: str, arguments: str) -> str:
+        return (
+            f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+        )
+
+    begin, end = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+    two = f"{begin}{call('functions.f:0', HARD)}{call('functions.g:1', '{}')}{end}"
+    yield Case("kimi", "kimi", f"Ok. {two}", [("f", HARD), ("g", "{}")], "Ok.")
+    yield Case("kimi name only", "kimi", begin + call("g", "{}"), [("g", "{}")])
+    wrong = f"{begin}<|tool_call_begin|>f f"
+    yield Case("kimi malformed", "kimi", wrong, [], wrong)
+    cut = f"{begin}<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{{"
+    yield Case("kimi cut", "kimi", cut, [("f", "{")])
+
+
+def _minimax() -> Iterator[Case]:
+    two = (
+        '<minimax:tool_call>\n<invoke name="f">\n<parameter name="s">a "b" </p>\n</parameter>\n'
+        '<parameter name="n">3</parameter>\n<parameter name="o">{"x": 1}</parameter>\n</invoke>\n'
+        '<invoke name="g">\n</invoke>\n</minimax:tool_call>'
+    )
+    arguments = '{"s": "a \\"b\\" </p>\\n", "n": 3, "o": {"x": 1}}'
+    yield Case(
+        "minimax",
+        "minimax",
+        f"<think>\nhm\n</think>\n\nOk.\n{two}",
+        [("f", arguments), ("g", "{}")],
+        "Ok.",
+        "hm",
+    )
+    wrong = '<minimax:tool_call>\n<invoke name="f" x'
+    yield Case("minimax malformed", "minimax", wrong, [], wrong)
+    cut = '<minimax:tool_call><invoke name="f"><parameter name="s">a'
+    yield Case("minimax cut", "minimax", cut, [("f", '{"s": "a')])
+
+
+def _python() -> Iterator[Case]:
+    def lfm2(name: str, text: str, *more: Any) -> Case:
+        return Case(f"lfm2 {name}", "lfm2", text, *more)
+
+    begin, end = "<|tool_call_start|>", "<|tool_call_end|>"
+    values = "s='it\\'s ü', n=-3, o={'x': [1, \"]\"]}, t=None"
+    expected = '{"s": "it\'s ü", "n": -3, "o": {"x": [1, "]"]}, "t": null}'
+    yield lfm2(
+        "python", f"Ok.{begin}[f({values}), g()]{end}", [("f", expected), ("g", "{}")], "Ok."
+    )
+    yield lfm2("text behind", f"{begin}[g()]{end} So.", [("g", "{}")], "So.")
+    yield lfm2("without brackets", f"{begin}g( ){end}", [("g", "{}")])
+    yield lfm2(
+        "quotes within",
+        f"{begin}[f(s='it's (a) \\'b\\', c', t=true)]{end}",
+        [("f", '{"s": "it\'s (a) \\\\\'b\\\\\', c", "t": true}')],
+    )
+    yield lfm2("no literal", f"{begin}[f(s=Paris, n=1)]", [("f", '{"s": "Paris", "n": 1}')])
+    yield lfm2("cut in a string", f"{begin}[f(s='a \"b", [("f", '{"s": "a \\"b')])
+    yield lfm2("cut in a list", f"{begin}[f(o=[1, '", [("f", '{"o": [1, \'')])
+    yield lfm2("no key", f"{begin}[f(1)]", [], f"{begin}[f(1)]")
+    yield lfm2("a second that is none", f"{begin}[g(), f f]", [("g", "{}")], ", f f]")
 
 
 def _harmony() -> Iterator[Case]:

@@ -168,6 +168,27 @@ def test_real_templates_that_end_inside_of_the_reasoning() -> None:
     }
 
 
+# What is told of templates that are not among the shared files.
+TOLD = {
+    "command_a": "{{ '<|START_THINKING|>' }}<|START_ACTION|>[",
+    "granite": "<|start_of_role|>system<|end_of_role|> write <|tool_call|> and a list",
+    "hermes": "<|start_of_role|>system<|end_of_role|> <tool_call>",
+    "kimi": "<|tool_calls_section_begin|> <|tool_call_begin|>",
+    "lfm2": "List of tools: <|tool_list_start|>[",
+    "minimax": "{% set begin = '<minimax:tool_call>' %}<think>",
+    "minitron": "<extra_id_1>User {{ '\\n<tool> ' + tool | tojson + ' </tool>' }}",
+    "nemotron": "<TOOLCALL>[{",
+    "qwen3_coder": "<tool_call><function=x><parameter=y>",
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_a_template_says_of_calls(name: str) -> None:
+    found = detected(TOLD[name])
+    assert found.tools.name == name
+    tags = {"command_a": "<|START_THINKING|>", "minimax": "<think>"}
+    assert (found.reasoning.begin if found.reasoning else None) == tags.get(name)
+
+
 def test_every_format_is_detected_by_a_template() -> None:
-    assert {entry.name for entry in FORMATS} - set(EXPECTED.values()) == {"qwen3_coder", "json"}
-    assert detected("<tool_call><function=x><parameter=y>").tools.name == "qwen3_coder"
+    assert {entry.name for entry in FORMATS} - {*EXPECTED.values(), *TOLD} == {"json"}
