@@ -19,6 +19,7 @@ from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.state_slots import StateSlots
 from relaxlm.runtime.step_tables import text_tables
+from tests.shared_kernels import shared_kernels
 
 VOCAB = 131
 SLOTS = 16
@@ -132,7 +133,8 @@ class Compiled:
             # A step cannot be repeated for further rows of logits: see `run`.
             overrides = ";".join(filter(None, (overrides, "max_batch_size=256")))
         options = CompileOptions.resolve(config, get_scheme(scheme), None, overrides, opt)
-        built = compile_model(config, raw, get_scheme(scheme), device, options)
+        with shared_kernels():
+            built = compile_model(config, raw, get_scheme(scheme), device, options)
         library = Library(built.executable, built.metadata, Path("memory"))
         self.limits = built.metadata.limits
         self.executor = Executor.from_arrays(library, params, 64, SLOTS if recurrent else 0)
