@@ -25,7 +25,7 @@ from relaxlm.files import read_json_object, read_text
 
 # Names under which clients pass a message's chain of thought; templates read the first or the
 # second.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -200,7 +200,7 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
             f"a message is of type {type(message).__name__}: expected an object with role and "
             f"content"
         )
-    found = [message[name] for name in _REASONING if message.get(name) is not None]
+    found = [message[name] for name in REASONING if message.get(name) is not None]
     if not found:
         return dict(message)
     return {"thinking": found[0], **message, "reasoning_content": found[0]}

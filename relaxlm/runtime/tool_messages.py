@@ -16,6 +16,7 @@ from itertools import product
 from typing import Any
 
 from relaxlm.errors import RequestError, TemplateError
+from relaxlm.runtime.template import REASONING
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str]
@@ -37,6 +38,7 @@ class ToolHabits:
         empty_content: the content beside calls; None or "".
         short_ids: ids have nine characters.
         descriptions: a function without a description makes it fail.
+        one_text: content and reasoning beside the same call make it fail (gpt-oss).
     """
 
     tools: bool
@@ -47,6 +49,7 @@ class ToolHabits:
     empty_content: str | None = ""
     short_ids: bool = False
     descriptions: bool = False
+    one_text: bool = False
 
 
 # A conversation to try a template on. The words are found again in what it writes.
@@ -60,12 +63,12 @@ def _tool(**more: str) -> Mapping[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _conversation(habits: ToolHabits, call_id: str) -> list[Message]:
+def _conversation(habits: ToolHabits, call_id: str, **texts: str) -> list[Message]:
     function = {"name": _NAME, "arguments": {_KEY: "value"}}
     calls = [{"id": call_id, "type": "function", "function": function}]
     messages: list[Message] = [
         _QUESTION,
-        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "assistant", "content": None, **texts, "tool_calls": calls},
         {"role": "tool", "tool_call_id": call_id, "content": _RESULT},
     ]
     return fitted(messages, habits)
@@ -95,7 +98,14 @@ def habits(render: Render) -> ToolHabits:
         # Python's spelling of a dictionary, and of no content.
         if _NAME in text and _KEY in text and f"'{_KEY}'" not in text and "None" not in text:
             long_id = written(_conversation(found, "call_" + "a" * _SHORT_ID), tool)
-            return replace(found, results=_RESULT in text, short_ids=long_id is None)
+            one = _conversation(found, "a" * _SHORT_ID, content="Wait.")
+            both = _conversation(found, "a" * _SHORT_ID, content="Wait.", reasoning_content="hm")
+            return replace(
+                found,
+                results=_RESULT in text,
+                short_ids=long_id is None,
+                one_text=written(one, tool) is not None and written(both, tool) is None,
+            )
     return ToolHabits(with_tools, results, False, descriptions=descriptions)
 
 
@@ -156,6 +166,8 @@ def fitted(messages: Sequence[Message], habits: ToolHabits) -> list[Message]:
             names |= {str(call["id"]): call["function"]["name"] for call in calls if "id" in call}
             changed["tool_calls"] = [_fitted_call(call, habits) for call in calls]
             changed["content"] = message.get("content") or habits.empty_content
+            if habits.one_text:
+                _join_texts(changed, habits)
         call_id = message.get("tool_call_id")
         if isinstance(call_id, str):
             # Clients leave the name out, which some templates write.
@@ -165,6 +177,14 @@ def fitted(messages: Sequence[Message], habits: ToolHabits) -> list[Message]:
                 changed["tool_call_id"] = short_id(call_id)
         result.append(changed)
     return result
+
+
+def _join_texts(message: dict[str, Any], habits: ToolHabits) -> None:
+    """Put what is said beside a call behind the reasoning, where there is any."""
+    name = next((name for name in REASONING if message.get(name)), None)
+    if name is not None and message["content"]:
+        message[name] = f"{message[name]}\n\n{message['content']}"
+        message["content"] = habits.empty_content
 
 
 def _fitted_call(call: Mapping[str, Any], habits: ToolHabits) -> Mapping[str, Any]:

@@ -366,3 +366,22 @@ def test_tools_in_the_templates_of_real_models() -> None:
         "phi-3/chat_template.Phi-3.5-mini-instruct.jinja": no_results,
         "rwkv/chat_template.rwkv-world.jinja": no_results,
     }
+
+
+@needs_shared_data
+def test_channels_of_gpt_oss() -> None:
+    """Its own template drops what was thought in earlier turns; calls and results are messages."""
+    source = (SHARED / "tokenizers" / "gpt-oss" / "chat_template.jinja").read_text("utf-8")
+    marks = ["<|return|>", "<|call|>", "<|end|>"]
+    tokenizer = level({"eos_token": "<|return|>", "additional_special_tokens": marks})
+    builder = PromptBuilder(config(relaxlm={"chat_template": source}), tokenizer)
+    ends = {tokenizer.token_to_id(mark) for mark in marks[:2]}
+    assert builder.stop_token_ids == {3, 4, *ends}
+    answered = {"role": "assistant", "content": "4", "reasoning_content": "hm"}
+    text = builder.text([*HELLO, answered, *HELLO])
+    assert "<|start|>assistant<|channel|>final<|message|>4<|end|>" in text
+    assert "hm" not in text and text.endswith("<|end|><|start|>assistant")
+    tools = [tool(description="tells the weather", parameters={"type": "object"})]
+    text = builder.text(CALLS, tools=tools)
+    assert "to=functions.f<|channel|>commentary json<|message|>" in text
+    assert "<|start|>functions.f to=assistant<|channel|>commentary<|message|>" in text

@@ -41,9 +41,19 @@ CHECKS_IDS = (
 )
 
 
+# gpt-oss, in short: what is said beside a call is reasoning, and there is but one of both.
+ONE_TEXT = (
+    "{% for m in messages %}{% if m.tool_calls %}"
+    "{% if m.content and m.thinking %}{{ raise_exception('both') }}{% endif %}"
+    "<analysis>{{ m.content or m.thinking }}{% set c = m.tool_calls[0].function %}"
+    "{{ c.name }}{{ c.arguments | tojson }}{% else %}{{ m.content or '' }}{% endif %}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
+        (ONE_TEXT, ToolHabits(False, True, True, empty_content=None, one_text=True)),
         (calls(OBJECT), ToolHabits(False, True, True, empty_content=None)),
         (
             calls("'' + c.function.arguments"),
@@ -113,6 +123,20 @@ def test_ids_of_nine_characters() -> None:
     short = fitted(messages, ToolHabits(True, True, True, short_ids=True))
     assert short[0]["tool_calls"][0]["id"] == short[1]["tool_call_id"] == short_id("call_1")
     assert json.dumps(messages) == before
+
+
+def test_content_and_reasoning_beside_a_call_become_one_where_they_must() -> None:
+    found = habits_of(ONE_TEXT)
+    call = {"function": {"name": "f", "arguments": {}}}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        said: dict[str, Any] = {"role": "assistant", name: "hm", "content": "Wait."}
+        (message,) = fitted([{**said, "tool_calls": [call]}], found)
+        assert (message[name], message["content"]) == ("hm\n\nWait.", None)
+        assert ChatTemplate(ONE_TEXT).render([message]) == "<analysis>hm\n\nWait.f{}"
+        (message,) = fitted([{**said, name: None, "tool_calls": [call]}], found)
+        assert message["content"] == "Wait."
+        (message,) = fitted([said], found)
+        assert message == said
 
 
 def test_content_beside_calls_stays() -> None:
