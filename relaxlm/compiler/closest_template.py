@@ -1,9 +1,11 @@
+# ruff: noqa: RUF001 (a token of DeepSeek is spelled with a full-width bar)
 """Finds the named conversation template that comes closest to a model's own chat template.
 
 relaxlm renders the chat template itself. Other tools that read the folder know only
 `conv_template`; they get the named template that writes most of a few conversations alike.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +30,80 @@ PROBES: tuple[list[dict[str, Any]], ...] = (
 _FAMILIES = {
     "<|start_header_id|>": "llama-3_1",
     "<|header_start|>": "llama-4",
+    "<|channel|>": "gpt-oss",
+    "<|start_of_role|>": "granite",
+    "<|im_middle|>": "kimi_k2",
+    "<|im_sep|>": "phi-4-14b",
+    "]~b]": "minimax_m2",
+    "<SPECIAL_12>": "nemotron_nano_v2",
+    "<|userprompt|>": "dots1",
+    "<|START_OF_TURN_TOKEN|>": "command-r",
+    "<｜User｜>": "deepseek_v3",
+    "<sop>": "glm-4",
     "<|im_start|>": "chatml",
     "<start_of_turn>": "gemma_instruction",
     "[SYSTEM_PROMPT]": "ministral3",
     "[INST]": "mistral_default",
     "<|end|>": "phi-3",
+}
+# model_type -> the templates of the models that are published under it, the newest last. Types that
+# are not here have no chat models of a format of their own.
+OF_FAMILY: Mapping[str, tuple[str, ...]] = {
+    "baichuan": ("baichuan", "baichuan2"),
+    "chatglm": ("chatglm3", "glm-4"),
+    "cohere": ("command-r", "aya-23"),
+    "deepseek_v2": ("deepseek_v2",),
+    "deepseek_v3": ("deepseek_v3",),
+    "dots1": ("dots1",),
+    "ernie4_5_moe": ("ernie-4.5",),
+    "gemma": ("gemma_instruction",),
+    "gemma2": ("gemma_instruction",),
+    "gemma3": ("gemma3_instruction",),
+    "gemma3_text": ("gemma3_instruction",),
+    "glm": ("glm-4",),
+    "glm4": ("glm-4",),
+    "glm4_moe": ("glm-4.5",),
+    "gpt_neox": ("dolly", "oasst", "redpajama_chat", "stablelm"),
+    "gpt_oss": ("gpt-oss",),
+    "granite": ("granite",),
+    "granitemoe": ("granite",),
+    "granitemoehybrid": ("granite",),
+    "internlm2": ("internlm2",),
+    "kimi_k2": ("kimi_k2",),
+    "lfm2": ("lfm2",),
+    "llama": ("llama-2", "llama-3", "llama-3_1", "vicuna_v1.1", "tinyllama_v1_0", "chatml"),
+    "llama4": ("llama-4",),
+    "llama4_text": ("llama-4",),
+    "mimo": ("mimo",),
+    "minicpm": ("minicpm",),
+    "minimax_m2": ("minimax_m2",),
+    "ministral3": ("ministral3",),
+    "mistral": ("mistral_default", "mistral_v3", "ministral3", "open_hermes_mistral"),
+    "mixtral": ("mistral_default",),
+    "nemotron": ("nemotron",),
+    "nemotron_h": ("nemotron_nano_v2", "chatml"),
+    "olmo": ("olmo",),
+    "olmo2": ("olmo2",),
+    "olmoe": ("olmo2",),
+    "orion": ("orion",),
+    "phi": ("phi-2",),
+    "phi3": ("phi-3", "phi-4", "phi-4-14b"),
+    "phimoe": ("phi-3",),
+    "qwen2": ("qwen2", "deepseek_r1_qwen"),
+    "qwen2_moe": ("qwen2",),
+    "qwen3": ("qwen3",),
+    "qwen3_5": ("qwen3_5", "qwen3_5_nothink"),
+    "qwen3_5_moe": ("qwen3_5", "qwen3_5_nothink"),
+    "qwen3_5_moe_text": ("qwen3_5", "qwen3_5_nothink"),
+    "qwen3_5_text": ("qwen3_5", "qwen3_5_nothink"),
+    "qwen3_moe": ("qwen3",),
+    "qwen3_next": ("qwen3",),
+    "rwkv5": ("rwkv_world",),
+    "rwkv6": ("rwkv_world",),
+    "rwkv7": ("rwkv_world",),
+    "smollm3": ("smollm3",),
+    "stablelm": ("stablelm-3b", "stablelm-2"),
+    "starcoder2": ("starcoder2-instruct",),
 }
 
 

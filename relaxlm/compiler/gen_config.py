@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relaxlm.compiler import sentence_transformers
-from relaxlm.compiler.closest_template import PROBES, closest_template
+from relaxlm.compiler.closest_template import OF_FAMILY, PROBES, closest_template
 from relaxlm.compiler.sentence_transformers import SentenceTransformer
 from relaxlm.compiler.tokenizer_files import COPIED, collect_tokenizer_files
 from relaxlm.errors import ConfigError, UnsupportedError
@@ -381,10 +381,11 @@ def _conversation(
         for name, source in templates.items()
     }
     if not compiled:
+        names = OF_FAMILY.get(model_type)
         note(
-            "the model has no chat template, so messages are continued as plain text (LM). "
-            "If it is "
-            "a chat model, name its format with --conv-template."
+            "the model has no chat template, so messages are continued as plain text (LM). If it "
+            "is a chat model, name its format with --conv-template"
+            + (f"; of {model_type} there are {', '.join(names)}" if names else "")
         )
         return get_conv_template("LM").resolve(tokenizer)
     template = compiled[select_template(compiled)]

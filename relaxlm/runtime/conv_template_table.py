@@ -1,5 +1,6 @@
 # ruff: noqa: RUF001 (the tokens of DeepSeek are spelled with a full-width bar)
-"""The conversation templates that the MLC ecosystem knows by name, written out.
+"""The conversation templates that the MLC ecosystem knows by name, written out; those of further
+families are in conv_template_families.py.
 
 Formats are those of the models' own chat templates and model cards; names, default system
 messages and the rest are the ones of the ecosystem.
@@ -12,6 +13,7 @@ stablelm-2 and -3b (line ends), olmo2, deepseek_v3 and deepseek_r1 (no default s
 """
 
 from relaxlm.errors import ConfigError
+from relaxlm.runtime.conv_template_families import FAMILY_TEMPLATES
 from relaxlm.runtime.conv_templates import SYSTEM
 from relaxlm.runtime.named_template import (
     NamedTemplate,
@@ -464,7 +466,9 @@ _ALL = [
     plain("gpt_bigcode", (), ("<|endoftext|>",), ("<|endoftext|>",)),
 ]
 
-CONV_TEMPLATES: dict[str, NamedTemplate] = {str(entry.template.name): entry for entry in _ALL}
+CONV_TEMPLATES: dict[str, NamedTemplate] = {
+    str(entry.template.name): entry for entry in (*_ALL, *FAMILY_TEMPLATES)
+}
 
 
 def get_conv_template(name: str) -> NamedTemplate:

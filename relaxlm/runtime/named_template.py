@@ -79,11 +79,12 @@ def chatml(
     stop: tuple[str, ...] = ("<|im_end|>",),
     *,
     system: str = "<|im_start|>system\n{system_message}<|im_end|>\n",
+    begin: tuple[str, ...] = (),
     open_reply: str = "",
     tool: str | None = None,
     strip_reasoning: bool = False,
 ) -> NamedTemplate:
-    template = named(
+    return named(
         name,
         "<|im_start|>user",
         "<|im_start|>assistant",
@@ -92,12 +93,12 @@ def chatml(
         "\n" + open_reply,
         system=system,
         message=message,
+        begin=begin,
         stop=stop,
         stop_str=("<|im_end|>",),
         tool=tool,
         strip_reasoning=strip_reasoning,
     )
-    return template
 
 
 def llama3(

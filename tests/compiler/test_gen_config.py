@@ -238,7 +238,8 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     assert config["eos_token_id"] == 0
     assert notes == [
         "the model has no chat template, so messages are continued as plain text (LM). If it is a "
-        "chat model, name its format with --conv-template."
+        "chat model, name its format with --conv-template; of llama there are llama-2, llama-3, "
+        "llama-3_1, vicuna_v1.1, tinyllama_v1_0, chatml"
     ]
 
 

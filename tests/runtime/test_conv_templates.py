@@ -79,6 +79,7 @@ SAME = {
     "llama-3": "llama-3/tokenizer_config.json",
     "phi-3": "phi-3/tokenizer_config.json",
     "phi-4": "phi-4/tokenizer_config.json",
+    "glm-4.5": "glm/chat_template.glm-4.5.jinja",
     "ministral3": "mistral/chat_template.v7.jinja",
     "deepseek_r1_llama": "deepseek/chat_template.deepseek-ai-DeepSeek-R1-Distill-Llama-8B.jinja",
 }
@@ -107,6 +108,35 @@ def test_known_differences_from_the_model_s_own_template() -> None:
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     ours = "<|begin_of_text|>" + rendered("llama-3_1", multi)
     assert ours == expected["system_multi"].replace(dates, "")
+
+    # SmolLM3's writes a date, too.
+    expected, conversations = _reference("smollm3/chat_template.jinja")
+    multi = conversations["system_multi"]["messages"]
+    date = "Today Date: 26 Jul 2024\n"
+    assert rendered("smollm3", multi) == expected["system_multi"].replace(date, "")
+
+    # gpt-oss's does, and speaks of functions that are not there; this one is of an early release.
+    expected, conversations = _reference("gpt-oss/chat_template.jinja")
+    multi = conversations["system_multi"]["messages"]
+    theirs = expected["system_multi"]
+    for text, later in {
+        "Current date: 2024-07-26\n": "",
+        "reasoning:": "Reasoning:",
+        "\nCalls to these tools must go to the commentary channel: 'functions'.": "",
+        "terse assistant.": "terse assistant.\n\n",
+        "assistant<|message|>": "assistant<|channel|>final<|message|>",
+    }.items():
+        assert text in theirs
+        theirs = theirs.replace(text, later)
+    assert rendered("gpt-oss", multi) == theirs
+
+    # Mistral's puts a system message in front of the last question.
+    expected, conversations = _reference("mistral/chat_template.v3.jinja")
+    multi = conversations["system_multi"]["messages"]
+    instruction = "You are a terse assistant.\n\n"
+    ours = "<s>" + rendered("mistral_v3", multi)
+    assert instruction in ours
+    assert ours.replace(instruction, "") == expected["system_multi"].replace(instruction, "")
 
     # mistral-common puts no space in front of an answer, whose tokens begin with one anyway.
     expected, conversations = _reference("mistral/chat_template.v1.jinja")

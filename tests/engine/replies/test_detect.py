@@ -5,6 +5,7 @@ import pytest
 
 from relaxlm.engine.replies import ReplyFormat, reply_format
 from relaxlm.engine.replies.formats import FORMATS
+from relaxlm.engine.replies.harmony import TOKENS as HARMONY_TOKENS
 from relaxlm.errors import ConfigError
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.prompt import PromptBuilder
@@ -166,6 +167,15 @@ def test_real_templates_that_end_inside_of_the_reasoning() -> None:
         ("Qwen3", True): False,
         ("Qwen3", False): False,
     }
+
+
+def test_a_named_template_tells_of_channels() -> None:
+    content = {"model_type": "gpt_oss", "quantization": "q0f32", "model_config": {}}
+    sizes = {"vocab_size": 320, "context_window_size": 128, "conv_template": "gpt-oss"}
+    prompts = PromptBuilder(ChatConfigFile.parse(content | sizes), tokenizer(HARMONY_TOKENS))
+    assert reply_format(prompts.sources, prompts.tokenizer).channels
+    ends = {prompts.tokenizer.token_to_id(token) for token in ("<|return|>", "<|call|>")}
+    assert ends < prompts.stop_token_ids
 
 
 # What is told of templates that are not among the shared files.
