@@ -8,6 +8,9 @@ is computed. Recurrent layers can go back to few states: that of now, and those 
 messages of the last two prompts, before the replies; a prompt that differs earlier is computed from
 its start.
 
+A reply of gpt-oss, which comes in messages on channels, reads as that of other thinking models: the
+analysis between <think> and </think>, then the answer.
+
 When a conversation outgrows the context window, its oldest turns are forgotten until the new prompt
 and a quarter of the window for the reply fit (`ChatConfig.context_overflow` = "drop_oldest_turns",
 the default), or an error is raised ("error"). System messages and the last message are never
@@ -26,6 +29,7 @@ import numpy as np
 from relaxlm.errors import ContextOverflowError, RequestError, TemplateError
 from relaxlm.files import format_bytes
 from relaxlm.runtime.cache_size import CacheSize, pages_for
+from relaxlm.runtime.channels import channel_format, parted
 from relaxlm.runtime.chat_settings import ChatConfig
 from relaxlm.runtime.embedding import (
     Embedder,
@@ -123,7 +127,8 @@ class ChatModule:
         set_threads(threads)
         self.executor = Executor(self.library, self.model.weights, size.pages, size.state_slots)
         self.sequences = size.sequences(info)
-        self.generator = Generator(self.executor, self.sequences, self.tokenizer)
+        channels = channel_format(self.prompts.sources, self.tokenizer)
+        self.generator = Generator(self.executor, self.sequences, self.tokenizer, channels)
         self.embedder = Embedder(self.executor, self.sequences, self.model.embedding)
         self.messages: list[Message] = []
         self.replies: list[Reply] = []
@@ -305,7 +310,9 @@ class ChatModule:
         self.forgotten_messages = len(messages) - len(kept)
         answered = first.text or first.finish_reason != "cancelled"
         if answered and not stateless and self.prompts.source != "none":
-            self.messages = [*kept, {"role": "assistant", "content": first.text}]
+            channels = self.generator.channels is not None
+            said = parted(first.text) if channels else {"content": first.text}
+            self.messages = [*kept, {"role": "assistant", **said}]
         texts = [reply.text for reply in self.replies]
         return texts if settings.n > 1 else texts[0]
 

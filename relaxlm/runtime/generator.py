@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from relaxlm.errors import ContextOverflowError, LibraryError
+from relaxlm.runtime.channels import ChannelFormat, ChannelText
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.sampling import Sampled, sample
@@ -39,6 +40,7 @@ class Reply:
         tokens: all tokens chosen, the one that ended the reply included.
         finish_reason: "stop" for an end token or a stop string, "length" for a limit, "cancelled"
             if the caller had enough.
+        channels: reads the text of a model whose replies have channels, in front of `stops`.
     """
 
     state: SamplingState
@@ -50,6 +52,7 @@ class Reply:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Sampled] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    channels: ChannelText | None = None
 
     def push(self, sampled: Sampled) -> str:
         """Add a token; returns the text that has become final with it."""
@@ -68,6 +71,9 @@ class Reply:
         return self._end("", "cancelled")
 
     def _pass_on(self, text: str) -> str:
+        return self._up_to_stop(text if self.channels is None else self.channels.push(text))
+
+    def _up_to_stop(self, text: str) -> str:
         text, stopped = self.stops.push(text)
         self.text += text
         if stopped:
@@ -77,6 +83,8 @@ class Reply:
     def _end(self, rest: str, reason: FinishReason) -> str:
         """End with the last text. A character whose bytes a limit has cut apart is left out."""
         text = self._pass_on(rest)
+        if self.channels is not None:
+            text += self._up_to_stop(self.channels.finish())
         if self.finish_reason is None:
             held = self.stops.flush()
             self.text += held
@@ -88,8 +96,15 @@ class Reply:
 class Generator:
     """Generates from prompts whose beginning may already be cached."""
 
-    def __init__(self, executor: Executor, sequences: PagedSequences, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        sequences: PagedSequences,
+        tokenizer: Tokenizer,
+        channels: ChannelFormat | None = None,
+    ) -> None:
         self.executor, self.sequences, self.tokenizer = executor, sequences, tokenizer
+        self.channels = channels
 
     def prefill(
         self,
@@ -237,12 +252,14 @@ class Generator:
     ) -> Reply:
         if config.ignore_eos:
             end_tokens, stop_strings = frozenset(), ()
+        shown = frozenset() if self.channels is None else self.channels.shown
         return Reply(
             SamplingState(config, prompt, self.active_vocab, choice),
-            self.tokenizer.stream(continuing=continuing),
+            self.tokenizer.stream(continuing=continuing, shown=shown),
             StopStrings((*stop_strings, *config.stop)),
             end_tokens | frozenset(config.stop_token_ids),
             min(config.max_tokens or room, room),
+            channels=None if self.channels is None else self.channels.new(),
         )
 
     @property

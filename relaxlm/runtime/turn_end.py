@@ -17,6 +17,11 @@ _CHANNELS = ("<|channel|>", "<|message|>")
 _ENDS_OF_CHANNELS = ("<|return|>", "<|call|>")
 
 
+def writes_channels(template: str) -> bool:
+    """Whether a template's text speaks of messages on channels, as gpt-oss writes them."""
+    return all(mark in template for mark in _CHANNELS)
+
+
 def turn_ends(
     template: ChatTemplate, tokenizer: Tokenizer, special_tokens: Mapping[str, str]
 ) -> frozenset[int]:
@@ -25,7 +30,7 @@ def turn_ends(
     Args:
         special_tokens: role ("bos_token") -> token.
     """
-    if all(mark in template.source for mark in _CHANNELS):
+    if writes_channels(template.source):
         found = [tokenizer.token_to_id(token) for token in _ENDS_OF_CHANNELS]
         return frozenset(i for i in found if i is not None)
     try:
