@@ -1,18 +1,18 @@
-"""Steps of several sequences in a driver, and what the same steps give on this machine's CPU."""
+"""Steps and conversations in a driver, and what the same give on this machine's CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from relaxlm import ChatModule
+from relaxlm.runtime.cache_size import CacheSize
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library
-from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.params import WeightFolder
-from relaxlm.runtime.sequence_table import PagedSequences
 
 PAGES = 16
 # In Node.js; `input` has folder and library.
@@ -50,8 +50,9 @@ def on_cpu(
     """
     rng = np.random.default_rng(0)
     loaded = Library.load(library)
-    sequences = PagedSequences(PagePool(PAGES), loaded.metadata.kv_cache.page_size)
-    executor = Executor(loaded, WeightFolder(folder), PAGES)
+    size = CacheSize.of(loaded.metadata, PAGES, 2)
+    sequences = size.sequences(loaded.metadata)
+    executor = Executor(loaded, WeightFolder(folder), size.pages, size.state_slots)
     assert [sequences.add(), sequences.add()] == [0, 1]
     steps, expected = [], []
     for step in counts:
@@ -60,3 +61,38 @@ def on_cpu(
         expected.append(executor.forward(tables, ids, tables.row_offsets[1:] - 1).ravel())
         steps.append({"counts": step, "ids": ids.tolist()})
     return steps, expected
+
+
+TALK = (
+    LOAD
+    + """
+const chat = await open();
+const replies = [];
+for (const { prompt, settings } of input.turns) {
+  const pieces = [];
+  for await (const piece of chat.chat(prompt, settings)) pieces.push(piece);
+  const { tokens, text, finishReason, promptTokens, reusedTokens } = chat.last;
+  replies.push({ tokens, text, finishReason, promptTokens, reusedTokens, pieces });
+}
+output({ replies, messages: chat.messages });
+"""
+)
+
+
+def talk(
+    node: Callable[..., Any], chat: ChatModule, folder: Path, library: Path, turns: list[Any]
+) -> None:
+    """The same conversation here and there."""
+    turns = [{"prompt": prompt, "settings": settings} for prompt, settings in turns]
+    data = {"folder": str(folder), "library": str(library), "turns": turns}
+    found = node(TALK, data)
+    chat.reset_chat()
+    for turn, reply in zip(turns, found["replies"], strict=True):
+        text = chat.generate(turn["prompt"], turn["settings"])
+        assert reply["text"] == text, turn
+        assert reply["tokens"] == chat.replies[0].tokens, turn
+        assert reply["finishReason"] == chat.replies[0].finish_reason
+        assert reply["promptTokens"] == chat.timings.prompt_tokens
+        assert reply["reusedTokens"] == chat.timings.reused_tokens
+        assert "".join(reply["pieces"]) == text
+    assert found["messages"] == chat.messages

@@ -16,6 +16,7 @@ from relaxlm.runtime.metadata import CONTRACT
 from relaxlm.runtime.page_pool import PagePool
 from relaxlm.runtime.sampling import Sampled, sample
 from relaxlm.runtime.sequence_table import PagedSequences
+from relaxlm.runtime.state_slots import StateSlots
 from relaxlm.runtime.stop import StopStrings
 from relaxlm.runtime.template import ChatTemplate, load_chat_templates
 from relaxlm.runtime.tokenizer import Tokenizer
@@ -32,9 +33,11 @@ def test_the_driver_follows_the_contract_of_the_libraries() -> None:
 
 
 TRAFFIC = """
-import { PagedSequences, PagePool, pagesPerSequence } from "./page_tables.js";
-output(input.map(({ pages, size, window, sinks, actions }) => {
-  const sequences = new PagedSequences(new PagePool(pages), size, window, sinks);
+import { PagedSequences, PagePool } from "./page_tables.js";
+import { StateSlots } from "./state_slots.js";
+output(input.map(({ pages, size, window, sinks, slots, actions }) => {
+  const states = slots ? new StateSlots(new PagePool(slots)) : null;
+  const sequences = new PagedSequences(new PagePool(pages), size, window, sinks, states);
   return actions.map(([name, ...args]) => {
     try {
       const result = sequences[name](...args) ?? null;
@@ -48,16 +51,19 @@ output(input.map(({ pages, size, window, sinks, actions }) => {
 
 
 def made_up_traffic(rng: np.random.Generator) -> dict[str, Any]:
-    """Actions on a pool of pages, with what Python's sequences answer."""
+    """Actions on pools of pages and states, with what Python's sequences answer."""
     size, window = int(rng.integers(1, 5)), int(rng.choice([0, 0, 3, 9]))
     sinks = int(rng.integers(0, 6)) if window else 0
     pages = int(rng.integers(3, 12))
-    sequences = PagedSequences(PagePool(pages), size, window, sinks)
+    slots = int(rng.choice([0, 3, 5]))
+    states = StateSlots(PagePool(slots)) if slots else None
+    sequences = PagedSequences(PagePool(pages), size, window, sinks, states=states)
     actions: list[list[Any]] = []
     answers: list[Any] = []
     alive: list[int] = []
     for _ in range(60):
-        name = str(rng.choice(["add", "batch", "batch", "batch", "batch", "truncate", "free"]))
+        names = ["add", *["batch"] * 4, "truncate", "longest_prefix", "keep_state", "free"]
+        name = str(rng.choice(names))
         arguments: list[Any] = []
         if name != "add":
             if not alive:
@@ -66,8 +72,12 @@ def made_up_traffic(rng: np.random.Generator) -> dict[str, Any]:
             if name == "batch":
                 others = [other for other in alive if other != seq and rng.random() < 0.3]
                 arguments = [[[s, int(rng.integers(1, 7))] for s in (seq, *others)]]
-            elif name == "truncate":
-                arguments = [seq, int(rng.integers(0, sequences.length(seq) + 1))]
+            elif name in ("truncate", "longest_prefix"):
+                length = int(rng.integers(0, sequences.length(seq) + 1))
+                # States are kept of few lengths: more than half of these calls go to one of them.
+                if rng.random() < 0.6:
+                    length = sequences.longest_prefix(seq, length)
+                arguments = [seq, length]
             else:
                 arguments = [seq]
         try:
@@ -76,14 +86,15 @@ def made_up_traffic(rng: np.random.Generator) -> dict[str, Any]:
         except RequestError as error:  # ContextOverflowError is one, too
             result = type(error).__name__
         if name == "batch" and not isinstance(result, str):
-            result = [column.tolist() for column in result[:7]]  # without states
+            result = [column.tolist() for column in result[: 9 if slots else 7]]
         if name == "add":
             alive.append(result)
         if name == "free":
             alive.remove(arguments[0])
-        actions.append([name, *arguments])
+        camel = {"keep_state": "keepState", "longest_prefix": "longestPrefix"}
+        actions.append([camel.get(name, name), *arguments])
         answers.append(result)
-    game = {"pages": pages, "size": size, "window": window, "sinks": sinks}
+    game = {"pages": pages, "size": size, "window": window, "sinks": sinks, "slots": slots}
     return {**game, "actions": actions, "answers": answers}
 
 

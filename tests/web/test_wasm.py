@@ -1,14 +1,13 @@
 """A model compiled for the CPU of browsers, under Node.js, next to the same model on this CPU."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from relaxlm import ChatModule
 from tests.web.conftest import RunNode
-from tests.web.steps import LOAD, RUN_STEPS, on_cpu
+from tests.web.steps import LOAD, RUN_STEPS, on_cpu, talk
 
 # Steps of several sequences: how many tokens each gets.
 STEPS = [[[0, 21]], [[0, 1], [1, 17]], [[1, 1], [0, 1]], [[0, 40], [1, 3]], [[0, 1], [1, 1]]]
@@ -29,39 +28,6 @@ def test_logits_of_mixed_steps_are_those_of_the_cpu(
     # other way.
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
-
-
-TALK = (
-    LOAD
-    + """
-const chat = await open();
-const replies = [];
-for (const { prompt, settings } of input.turns) {
-  const pieces = [];
-  for await (const piece of chat.chat(prompt, settings)) pieces.push(piece);
-  const { tokens, text, finishReason, promptTokens, reusedTokens } = chat.last;
-  replies.push({ tokens, text, finishReason, promptTokens, reusedTokens, pieces });
-}
-output({ replies, messages: chat.messages });
-"""
-)
-
-
-def talk(node: RunNode, chat: ChatModule, demo: Path, library: Path, turns: list[Any]) -> None:
-    """The same conversation here and there."""
-    turns = [{"prompt": prompt, "settings": settings} for prompt, settings in turns]
-    data = {"folder": str(demo), "library": str(library), "turns": turns}
-    found = node(TALK, data)
-    chat.reset_chat()
-    for turn, reply in zip(turns, found["replies"], strict=True):
-        text = chat.generate(turn["prompt"], turn["settings"])
-        assert reply["text"] == text, turn
-        assert reply["tokens"] == chat.replies[0].tokens, turn
-        assert reply["finishReason"] == chat.replies[0].finish_reason
-        assert reply["promptTokens"] == chat.timings.prompt_tokens
-        assert reply["reusedTokens"] == chat.timings.reused_tokens
-        assert "".join(reply["pieces"]) == text
-    assert found["messages"] == chat.messages
 
 
 def test_a_conversation_is_the_same_as_on_the_cpu(

@@ -22,7 +22,15 @@ from tvm.script import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit, length, tensor
 from relaxlm.compiler.kernels.cuda_script import ALL_LANES, LANES, local
-from relaxlm.compiler.kernels.state import ConvShape, ScanShape, StateSlots, Tokens, find_sequence
+from relaxlm.compiler.kernels.state import (
+    ConvShape,
+    Declare,
+    ScanShape,
+    Slots,
+    StateSlots,
+    Tokens,
+    find_sequence,
+)
 from relaxlm.errors import UnsupportedError
 
 # Lanes that share a column: lane c + COLUMNS p has the elements p, p + PARTS, ... of column c.
@@ -73,6 +81,7 @@ def scan_kernel(shape: ScanShape) -> tirx.PrimFunc:
         tokens: Tokens, sequence: Expr, head: Expr, column: Expr, part: Expr, thread: Expr
     ) -> None:
         slots, last = tokens.slots, value_dim - 1
+        assert isinstance(slots, StateSlots)
         start, count = slots.start(sequence), slots.rows(sequence)
         state, sums, value = local(rows), local(3), local(1)
         # Where there is no such column, another is computed, and written by nobody.
@@ -96,7 +105,7 @@ def scan_kernel(shape: ScanShape) -> tirx.PrimFunc:
         per_key: dict[str, PerKey] = {"q": tokens.query, "k": tokens.key}
         alone = {"v": lambda row: T.cast(tokens.v[row, head, at], "float32")}
         if shape.removal:
-            per_key |= {"a": _by_key(tokens.removal[0]), "b": _by_key(tokens.removal[1])}
+            per_key |= {"a": by_key(tokens.removal[0]), "b": by_key(tokens.removal[1])}
         if shape.decay_per_key:
             per_key["decay"] = tokens.kept
         else:
@@ -183,7 +192,7 @@ def scan_kernel(shape: ScanShape) -> tirx.PrimFunc:
 
 
 @functools.cache
-def conv_kernel(shape: ConvShape) -> tirx.PrimFunc:
+def conv_kernel(shape: ConvShape, declare: Declare = StateSlots.declare) -> tirx.PrimFunc:
     """(x [n, channels], weight [channels, taps], bias?, *state slots, out [n, channels]).
 
     The state's slots, [taps - 1, channels] float32 each, are written in place.
@@ -195,7 +204,7 @@ def conv_kernel(shape: ConvShape) -> tirx.PrimFunc:
         x = tensor("x", (n, channels), shape.dtype)
         weight = tensor("weight", (channels, taps), shape.weight)
         bias = tensor("bias", (channels,), shape.bias) if shape.bias else None
-        slots = StateSlots.declare(n, (kept, channels), "float32")
+        slots = declare(n, (kept, channels), "float32")
         out = tensor("out", (n, channels), shape.dtype)
 
         def before(sequence: Expr, place: Expr, c: Expr) -> Expr:
@@ -206,7 +215,7 @@ def conv_kernel(shape: ConvShape) -> tirx.PrimFunc:
             return T.if_then_else(place >= kept, T.cast(inside, "float32"), old)
 
         def one(row: Expr, c: Expr) -> None:
-            sequence, total = local(2, dtype="int64"), local(1)
+            sequence, total = local(2, dtype=slots.index), local(1)
             find_sequence(slots, row, sequence)
             past = row - slots.start(sequence[0])
             put(total, T.float32(0) if bias is None else T.cast(bias[c], "float32"), 0)
@@ -229,7 +238,9 @@ def conv_kernel(shape: ConvShape) -> tirx.PrimFunc:
 
 
 @functools.cache
-def previous_row_kernel(size: int, dtype: str, state_dtype: str) -> tirx.PrimFunc:
+def previous_row_kernel(
+    size: int, dtype: str, state_dtype: str, declare: Declare = StateSlots.declare
+) -> tirx.PrimFunc:
     """(x [n, size], *state slots, out [n, size]): each row is that before it in its sequence.
 
     The state's slots, [size] each, are written in place.
@@ -238,11 +249,11 @@ def previous_row_kernel(size: int, dtype: str, state_dtype: str) -> tirx.PrimFun
     def body() -> None:
         n = length("n")
         x = tensor("x", (n, size), dtype)
-        slots = StateSlots.declare(n, (size,), state_dtype)
+        slots = declare(n, (size,), state_dtype)
         out = tensor("out", (n, size), dtype)
 
         def one(row: Expr, c: Expr) -> None:
-            sequence = local(2, dtype="int64")
+            sequence = local(2, dtype=slots.index)
             find_sequence(slots, row, sequence)
             own = sequence[0]
             old = T.cast(slots.state[slots.source(own), c], dtype)
@@ -251,7 +262,7 @@ def previous_row_kernel(size: int, dtype: str, state_dtype: str) -> tirx.PrimFun
             T.buffer_store(out, value, [row, c])
 
         def keep(sequence: Expr, c: Expr) -> None:
-            value = T.cast(x[slots.start(sequence + 1) - 1, c], state_dtype)
+            value = T.cast(x[slots.start(sequence) + slots.rows(sequence) - 1, c], state_dtype)
             T.buffer_store(slots.state, value, [slots.target(sequence), c])
 
         _each_element("previous", n, size, one)
@@ -273,7 +284,7 @@ def _each_element(name: str, rows: Expr, size: int, one: Callable[[Expr, Expr], 
             one(row, c)
 
 
-def _keep_all(slots: StateSlots, size: int, keep: Callable[[Expr, Expr], None]) -> None:
+def _keep_all(slots: Slots, size: int, keep: Callable[[Expr, Expr], None]) -> None:
     """Emit a kernel with a thread for each of `size` elements of sequences with rows."""
 
     def one(sequence: Expr, c: Expr) -> None:
@@ -310,5 +321,5 @@ def all_of(*conditions: Expr, then: Expr) -> Expr:
     return T.if_then_else(functools.reduce(T.And, conditions), then, T.float32(0))
 
 
-def _by_key(buffer: tirx.Buffer) -> PerKey:
+def by_key(buffer: tirx.Buffer) -> PerKey:
     return lambda row, head, i: buffer[row, head, i]

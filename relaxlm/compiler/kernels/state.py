@@ -1,6 +1,8 @@
 """What the kernels of recurrent operators on every target agree on (`models/state.py`)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -51,11 +53,48 @@ class ConvShape:
     dtype: str
 
 
+class Slots(Protocol):
+    """Which rows of a step are whose, and where what a sequence keeps lies.
+
+    A sequence without rows in the step keeps what it has. Numbers of sequences have the dtype
+    `index`.
+    """
+
+    @property
+    def state(self) -> tirx.Buffer: ...
+
+    @property
+    def index(self) -> str: ...
+
+    @property
+    def batch(self) -> Expr: ...
+
+    def start(self, sequence: Expr) -> Expr:
+        """The first row of a sequence."""
+        ...
+
+    def rows(self, sequence: Expr) -> Expr:
+        """How many rows a sequence has."""
+        ...
+
+    def is_new(self, sequence: Expr) -> Expr:
+        """Whether a sequence, which has rows, starts from zeros."""
+        ...
+
+    def source(self, sequence: Expr) -> Expr: ...
+
+    def target(self, sequence: Expr) -> Expr: ...
+
+
+# Declares them as parameters of a kernel: (number of all rows, shape and dtype of a slot).
+Declare = Callable[[Expr, tuple[int, ...], str], Slots]
+
+
 @dataclass(frozen=True)
 class StateSlots:
     """Which rows are whose, and where what a sequence keeps lies: parameters of a kernel.
 
-    A sequence without rows in the step keeps what it has.
+    The tables are those that the runtime makes.
     """
 
     row_offsets: tirx.Buffer
@@ -75,6 +114,10 @@ class StateSlots:
             tensor("targets", (batch,), "int32"),
             tensor("state", (slots, *shape), dtype),
         )
+
+    @property
+    def index(self) -> str:
+        return "int64"
 
     @property
     def batch(self) -> Expr:
@@ -112,11 +155,11 @@ class Tokens:
     removal: list[tirx.Buffer]
     strength: tirx.Buffer | None
     bonus: tirx.Buffer | None
-    slots: StateSlots
+    slots: Slots
     out: tirx.Buffer
 
     @staticmethod
-    def declare(shape: ScanShape) -> "Tokens":
+    def declare(shape: ScanShape, slots: Declare = StateSlots.declare) -> "Tokens":
         """Declare the parameters, in order."""
         n, heads, key_dim, value_dim = length("n"), shape.heads, shape.key_dim, shape.value_dim
         per_key = (n, heads, key_dim)
@@ -129,7 +172,7 @@ class Tokens:
             [tensor(name, per_key, "float32") for name in ("a", "b") if shape.removal],
             tensor("strength", (n, heads), "float32") if shape.strength else None,
             tensor("bonus", (heads, key_dim), "float32") if shape.bonus else None,
-            StateSlots.declare(n, (heads, key_dim, value_dim), "float32"),
+            slots(n, (heads, key_dim, value_dim), "float32"),
             tensor("out", (n, heads, value_dim), shape.dtype),
         )
 
@@ -143,10 +186,10 @@ class Tokens:
         return self.decay[row, head, i] if self.shape.decay_per_key else self.decay[row, head]
 
 
-def find_sequence(slots: StateSlots, row: Expr, between: tirx.Buffer) -> None:
+def find_sequence(slots: Slots, row: Expr, between: tirx.Buffer) -> None:
     """Emit a search: between[0] becomes the sequence that a row belongs to."""
-    T.buffer_store(between, T.int64(0), [0])
-    T.buffer_store(between, slots.batch, [1])
+    T.buffer_store(between, tirx.const(0, between.dtype), [0])
+    T.buffer_store(between, T.cast(slots.batch, between.dtype), [1])
     with T.While(between[1] - between[0] > 1):
         middle = (between[0] + between[1]) // 2
         with T.If(slots.start(middle) <= row):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax, tirx
 
-from relaxlm.compiler.kernels import cpu_conv, cpu_scan, cuda_state
+from relaxlm.compiler.kernels import cpu_conv, cpu_scan, cuda_state, gpu_state
 from relaxlm.compiler.kernels.state import ConvShape, ScanShape
 from relaxlm.compiler.kernels.vector import vector_unit
 from relaxlm.compiler.passes.signature import PagedSignature
@@ -33,11 +33,16 @@ from relaxlm.models.state import (
 
 @dataclass(frozen=True)
 class StateKernels:
-    """The kernels of one target."""
+    """The kernels of one target.
+
+    `view`, where there is one, makes a tensor [b, 4] int32 of the tables, which the others then
+    take in their place (`kernels/gpu_state.py`).
+    """
 
     scan: Callable[[ScanShape], tirx.PrimFunc]
     conv: Callable[[ConvShape], tirx.PrimFunc]
     previous_row: Callable[[int, str, str], tirx.PrimFunc]
+    view: Callable[[], tirx.PrimFunc] | None = None
 
 
 def _cpu_scan(shape: ScanShape) -> tirx.PrimFunc:
@@ -48,6 +53,12 @@ KERNELS = {
     "cpu": StateKernels(_cpu_scan, cpu_conv.conv_kernel, cpu_conv.previous_row_kernel),
     "cuda": StateKernels(
         cuda_state.scan_kernel, cuda_state.conv_kernel, cuda_state.previous_row_kernel
+    ),
+    "webgpu": StateKernels(
+        gpu_state.scan_kernel,
+        gpu_state.conv_kernel,
+        gpu_state.previous_row_kernel,
+        gpu_state.view_kernel,
     ),
 }
 
@@ -89,12 +100,27 @@ def lower_state_operator(
         f"layer {layer}: the configuration says of {state.name} {shape} {slots.ty.dtype}, "
         f"the model {state}"
     )
-    tables = [signature.tables[name] for name in ("state_sources", "state_targets")]
-    arguments = [*inputs, signature.tables["row_offsets"], signature.positions, *tables, slots]
+    arguments = [*inputs, *_tables(KERNELS[kind], builder, signature), slots]
     both = relax.call_tir_inplace(
         builder.add_func(kernel, name), arguments, [-1, len(arguments) - 1], [call.ty, slots.ty]
     )
     return relax.TupleGetItem(builder.emit(both), 0)
+
+
+def _tables(
+    kernels: StateKernels, builder: relax.BlockBuilder, signature: PagedSignature
+) -> list[relax.Expr]:
+    """What a kernel is told of the step."""
+    names = ("state_sources", "state_targets")
+    tables = signature.tables
+    read = [tables["row_offsets"], signature.positions, *(tables[name] for name in names)]
+    if kernels.view is None:
+        return read
+    if "state_view" not in tables:  # once per step
+        function = builder.add_func(kernels.view(), "view_of_states")
+        ty = relax.TensorType((read[-1].ty.shape[0], 4), "int32")
+        tables["state_view"] = builder.emit(relax.call_tir(function, read, ty))
+    return [tables["state_view"]]
 
 
 def _scan(kernels, q, k, v, decay, layer, removal, strength, bonus, *optional) -> Lowered:

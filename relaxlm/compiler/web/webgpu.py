@@ -11,12 +11,10 @@ def refuse_for_webgpu(config: DecoderConfig, scheme: Scheme) -> None:
     Raises:
         UnsupportedError: says why, and what to do instead.
     """
-    layers = range(config.num_hidden_layers)
     for what, found in (
         ("an encoder's attention", config.is_encoder),
         ("mixtures of experts", getattr(config, "num_experts", None)),
         ("latent attention", config.latent_cache is not None),
-        ("recurrent layers", any(config.layer_states(layer) for layer in layers)),
     ):
         if found:
             raise UnsupportedError(

@@ -3,10 +3,11 @@
 //   const chat = await ChatModule.load({ model: "model/", library: "model/demo-webgpu.wasm" });
 //   for await (const text of chat.chat("What is 12 + 30?")) show(text);
 //
-// The KV cache of earlier turns is reused: of a new prompt only what differs is computed. When a
-// conversation outgrows the context window, its oldest turns are forgotten.
+// The KV cache of earlier turns is reused: of a new prompt only what differs is computed. Recurrent
+// layers can go back to few states: that of now, and those behind the messages of the last two
+// prompts. When a conversation outgrows the context window, its oldest turns are forgotten.
 
-import { ConfigError, ContextOverflowError, RequestError } from "./errors.js";
+import { ConfigError, ContextOverflowError, RequestError, TemplateError } from "./errors.js";
 import { Executor } from "./executor.js";
 import { WebFiles } from "./files.js";
 import { Library } from "./library.js";
@@ -14,6 +15,7 @@ import { PagedSequences, PagePool, pagesPerSequence } from "./page_tables.js";
 import { PromptBuilder } from "./prompt.js";
 import { Sampler } from "./sampling.js";
 import { generationSettings } from "./settings.js";
+import { MOST_KEPT, slotsFor, StateSlots } from "./state_slots.js";
 import { StopStrings } from "./stop.js";
 import { Tokenizer } from "./tokenizer.js";
 import { loadWeights } from "./weights.js";
@@ -62,7 +64,7 @@ export class ChatModule {
   }
 
   constructor(library, params, config, tokenizer, contextWindowSize) {
-    const { limits, kv_cache: cache } = library.metadata;
+    const { limits, kv_cache: cache, state } = library.metadata;
     if (contextWindowSize > limits.context_window_size) {
       throw new ConfigError(
         `contextWindowSize = ${contextWindowSize}, but the library was compiled for ` +
@@ -78,12 +80,14 @@ export class ChatModule {
       this.window,
       limits.attention_sink_size,
     );
-    this.executor = new Executor(library, params, pages);
+    const slots = state.tensors.length ? slotsFor(1, MOST_KEPT) : 0;
+    this.executor = new Executor(library, params, pages, slots);
     this.sequences = new PagedSequences(
       new PagePool(pages),
       cache.page_size,
       this.window,
       limits.attention_sink_size,
+      slots ? new StateSlots(new PagePool(slots)) : null,
     );
     this.config = config;
     this.tokenizer = tokenizer;
@@ -128,7 +132,8 @@ export class ChatModule {
       const [kept, ids] = this.fit(messages, chosen, variables);
       const reply = new Reply(this, chosen, ids);
       try {
-        yield* this.run(reply, ids, signal);
+        const keep = this.sequences.states ? this.sharedLater(kept, ids, variables) : 0;
+        yield* this.run(reply, ids, keep, signal);
       } finally {
         this.last = reply.summary();
         if (reply.text || reply.finishReason === "stop" || reply.finishReason === "length") {
@@ -168,7 +173,8 @@ export class ChatModule {
     this.executor.dispose();
   }
 
-  async *run(reply, ids, signal) {
+  /** Computes a prompt and the reply; of the first `keep` tokens the state is kept to go back to. */
+  async *run(reply, ids, keep, signal) {
     const { executor, sequences } = this;
     const seq = this.reusable(ids);
     const chunk = executor.limits.prefill_chunk_size;
@@ -178,14 +184,15 @@ export class ChatModule {
     try {
       let started = now();
       let logits;
-      for (let at = sequences.length(seq); at < ids.length; at += chunk) {
+      for (let at = sequences.length(seq); at < ids.length; at = sequences.length(seq)) {
         signal?.throwIfAborted();
-        const piece = ids.slice(at, at + chunk);
+        const piece = ids.slice(at, Math.min(at + chunk, at < keep ? keep : ids.length));
         logits = await executor.forward(
           sequences.batch([[seq, piece.length]]),
           piece,
           [piece.length - 1],
         );
+        if (at + piece.length === keep) sequences.keepState(seq);
       }
       reply.prefillSeconds = (now() - started) / 1000;
       started = now();
@@ -221,17 +228,30 @@ export class ChatModule {
   reusable(ids) {
     if (this.cached) {
       const { seq, tokens } = this.cached;
-      let common = 0;
-      while (common < tokens.length && tokens[common] === ids[common]) common++;
       // The last token has to run: its logits choose the first token of the reply.
-      common = Math.min(common, ids.length - 1);
-      if (common && this.sequences.canTruncate(seq, common)) {
+      const most = Math.min(commonLength(tokens, ids), ids.length - 1);
+      const common = this.sequences.longestPrefix(seq, most);
+      if (common) {
         this.sequences.truncate(seq, common);
         return seq;
       }
     }
     this.dropCache();
     return this.sequences.add();
+  }
+
+  /**
+   * How many of a prompt's tokens the next one begins with, at least if it goes on with the
+   * conversation or asks for another reply: those before the reply's own beginning.
+   */
+  sharedLater(messages, ids, variables) {
+    try {
+      const shared = this.prompts.encode(messages, variables, false);
+      return Math.min(commonLength(shared, ids), ids.length - 1);
+    } catch (error) {
+      if (error instanceof TemplateError) return 0;
+      throw error;
+    }
   }
 
   dropCache() {
@@ -324,6 +344,13 @@ class Reply {
 }
 
 const now = () => performance.now();
+
+/** How many of the first tokens are the same. */
+function commonLength(one, other) {
+  let common = 0;
+  while (common < one.length && one[common] === other[common]) common++;
+  return common;
+}
 
 /** Lets timers, messages and a page's events in between two steps on the CPU. */
 const breath = (onGpu) => (onGpu ? undefined : new Promise((resolve) => setTimeout(resolve)));

@@ -2,26 +2,29 @@
 
 import { ContextOverflowError, RequestError } from "./errors.js";
 
-/** A library with weights and a KV cache, ready for steps. */
+/** A library with weights, a KV cache and the states of recurrent layers, ready for steps. */
 export class Executor {
   /**
    * @param {import("./library.js").Library} library
    * @param {object[]} params tensors in the library's order; belong to the executor from now on
    * @param {number} pages of the KV cache
+   * @param {number} stateSlots of recurrent layers
    */
-  constructor(library, params, pages) {
+  constructor(library, params, pages, stateSlots = 0) {
     this.library = library;
     this.forwardFunction = library.function("forward");
-    const { kv_cache: cache, limits, vocab_size } = library.metadata;
+    const { kv_cache: cache, state, limits, vocab_size } = library.metadata;
     this.limits = limits;
     this.vocabSize = vocab_size;
-    const tensors = cache.tensors.map(({ shape, dtype }) =>
-      library.empty([pages, ...shape], dtype, library.device),
-    );
+    const made = (rows, tensors) =>
+      tensors.map(({ shape, dtype }) => library.empty([rows, ...shape], dtype, library.device));
+    const kinds = [made(pages, cache.tensors)];
+    if (state.tensors.length) kinds.push(made(stateSlots, state.tensors));
     this.params = library.tuple(params);
-    this.kv = library.tuple(tensors);
+    /** Pages, and states if there are any: what a step updates in place. */
+    this.cache = kinds.map((tensors) => library.tuple(tensors));
     // The tuples hold them now.
-    for (const tensor of [...params, ...tensors]) tensor.dispose();
+    for (const tensor of [...params, ...kinds.flat()]) tensor.dispose();
   }
 
   /**
@@ -56,6 +59,7 @@ export class Executor {
       tables.pageIds,
       tables.kvLengths,
       tables.dropped,
+      ...(tables.stateSources ? [tables.stateSources, tables.stateTargets] : []),
       logitPositions,
     ];
     tvm.beginScope();
@@ -66,7 +70,7 @@ export class Executor {
         library.upload(tensor, new Uint8Array(Int32Array.from(list).buffer));
         return tensor;
       });
-      const logits = this.forwardFunction(...inputs, this.kv, this.params);
+      const logits = this.forwardFunction(...inputs, ...this.cache, this.params);
       const { shape, dtype } = logits;
       result = library.onGpu
         ? tvm.empty(shape, dtype, library.cpu).copyFrom(logits)
@@ -84,7 +88,7 @@ export class Executor {
   }
 
   dispose() {
-    this.kv.dispose();
+    for (const tensors of this.cache) tensors.dispose();
     this.params.dispose();
     this.library.dispose();
   }

@@ -113,11 +113,6 @@ function readMetadata(bytes) {
   if (metadata.model_task !== "chat") {
     throw new LibraryError(`the library is for ${metadata.model_task}; this driver chats`);
   }
-  if (metadata.state.tensors.length) {
-    throw new LibraryError(
-      `${metadata.model_type} has recurrent layers, which this driver does not run yet; use Python`,
-    );
-  }
   return metadata;
 }
 

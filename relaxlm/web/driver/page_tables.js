@@ -1,16 +1,18 @@
-// The page tables of the sequences in the paged KV cache: relaxlm/runtime/sequence_table.py without
-// forks, so that every page has one holder.
+// The page tables of the sequences in the paged KV cache, and the slots of recurrent layers' states:
+// relaxlm/runtime/sequence_table.py without forks, so that every page has one holder.
 //
 // Sliding window: pages between those of the sinks and the window leave the table, whole, at the
 // start of the first step in which no query sees any of their tokens. Positions stay absolute.
 
 import { ContextOverflowError, RequestError } from "./errors.js";
+import { noState } from "./state_slots.js";
 
-/** Hands out page numbers 0 .. total - 1, low ones first, and takes them back. */
+/** Hands out numbers 0 .. total - 1, of pages or slots, low ones first, and takes them back. */
 export class PagePool {
   constructor(total) {
     this.total = total;
     this.available = Array.from({ length: total }, (_, i) => total - 1 - i);
+    this.holders = new Int32Array(total);
   }
 
   get free() {
@@ -18,11 +20,19 @@ export class PagePool {
   }
 
   take(count) {
-    return Array.from({ length: count }, () => this.available.pop());
+    const taken = Array.from({ length: count }, () => this.available.pop());
+    for (const page of taken) this.holders[page] = 1;
+    return taken;
+  }
+
+  /** Adds a holder to what has one. */
+  retain(page) {
+    this.holders[page]++;
   }
 
   release(pages) {
-    this.available.push(...pages.toReversed());
+    const freed = pages.filter((page) => --this.holders[page] === 0);
+    this.available.push(...freed.toReversed());
   }
 }
 
@@ -33,8 +43,10 @@ export class PagedSequences {
    * @param {number} pageSize tokens per page
    * @param {number} window tokens that a query sees, itself included; 0 for all of them
    * @param {number} sinks first tokens that stay visible when the window has moved on
+   * @param {import("./state_slots.js").StateSlots | null} states of recurrent layers, if there are any
    */
-  constructor(pool, pageSize, window = 0, sinks = 0) {
+  constructor(pool, pageSize, window = 0, sinks = 0, states = null) {
+    this.states = states;
     this.pool = pool;
     this.pageSize = pageSize;
     this.window = window;
@@ -45,13 +57,15 @@ export class PagedSequences {
 
   /** Starts an empty sequence; returns its number, which is never given out again. */
   add() {
-    this.sequences.set(this.next, { length: 0, dropped: 0, pages: [] });
+    this.sequences.set(this.next, { length: 0, dropped: 0, pages: [], state: noState() });
     return this.next++;
   }
 
-  /** Ends a sequence and lets go of its pages. */
+  /** Ends a sequence and lets go of its pages, and of its states. */
   free(seq) {
-    this.pool.release(this.get(seq).pages);
+    const { pages, state } = this.get(seq);
+    this.pool.release(pages);
+    this.states?.release(state);
     this.sequences.delete(seq);
   }
 
@@ -60,9 +74,29 @@ export class PagedSequences {
     return this.get(seq).length;
   }
 
-  /** Whether the pages still hold every token that a query at position `length` sees. */
+  /**
+   * Keeps the state of now, so that `truncate` can come back to this length. Without recurrent
+   * layers it can anyway, and nothing happens.
+   */
+  keepState(seq) {
+    const { state, length } = this.get(seq);
+    this.states?.keep(state, length);
+  }
+
+  /** The most of the first `length` tokens that `truncate` can go back to. */
+  longestPrefix(seq, length) {
+    const kept = this.states ? this.get(seq).state.kept : [];
+    const earlier = kept.map(([tokens]) => tokens).filter((tokens) => tokens < length);
+    return [length, ...earlier.toReversed(), 0].find((tokens) => this.canTruncate(seq, tokens));
+  }
+
+  /**
+   * Whether the pages still hold every token that a query at position `length` sees, and recurrent
+   * layers the state before it.
+   */
   canTruncate(seq, length) {
-    const { dropped } = this.get(seq);
+    const { dropped, state, length: now } = this.get(seq);
+    if (this.states && !this.states.canCut(state, now, length)) return false;
     const kept = this.sinkPages * this.pageSize;
     return dropped === 0 || length <= kept || length - this.window + 1 >= kept + dropped;
   }
@@ -75,14 +109,22 @@ export class PagedSequences {
     }
     if (!this.canTruncate(seq, length)) {
       throw new RequestError(
-        `sequence ${seq} cannot go back from ${sequence.length} to ${length} tokens: some of them ` +
-          `have left its window of ${this.window} tokens. Prefill it again from the start`,
+        `sequence ${seq} cannot go back from ${sequence.length} to ${length} tokens: ` +
+          `${this.whyNot(sequence, length)}. Prefill it again from the start`,
       );
     }
+    this.states?.cut(sequence.state, sequence.length, length);
     if (length <= this.sinkPages * this.pageSize) sequence.dropped = 0;
     const count = Math.ceil((length - sequence.dropped) / this.pageSize);
     this.pool.release(sequence.pages.splice(count));
     sequence.length = length;
+  }
+
+  whyNot({ state, length: now }, length) {
+    if (this.states && !this.states.canCut(state, now, length)) {
+      return "its recurrent state after them was not kept";
+    }
+    return `some of them have left its window of ${this.window} tokens`;
   }
 
   /**
@@ -90,7 +132,7 @@ export class PagedSequences {
    *
    * @param {Array<[number, number]>} steps sequence and number of new tokens, at least 1
    * @returns the arguments of `forward` that say where the tokens are (docs/architecture.md)
-   * @throws {ContextOverflowError} too few pages are free; nothing has changed
+   * @throws {ContextOverflowError} too few pages, or slots of states, are free; nothing has changed
    */
   batch(steps) {
     const size = this.pageSize;
@@ -108,6 +150,8 @@ export class PagedSequences {
           `${this.pool.total} are free`,
       );
     }
+    const states = plans.map(({ sequence }) => sequence.state);
+    this.states?.require(states);
     // Pages that leave the window go first: this step may need them.
     const leaving = plans.flatMap(({ sequence, drop }) => {
       sequence.dropped += drop * size;
@@ -118,7 +162,10 @@ export class PagedSequences {
       sequence.pages.push(...this.pool.take(grow));
       sequence.length += count;
     }
-    return this.tables(plans);
+    const tables = this.tables(plans);
+    if (!this.states) return tables;
+    const [stateSources, stateTargets] = this.states.step(states);
+    return { ...tables, stateSources, stateTargets };
   }
 
   tables(plans) {

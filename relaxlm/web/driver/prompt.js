@@ -49,12 +49,13 @@ export class PromptBuilder {
    *
    * @param {Array<{role: string, content: string}>} messages as in OpenAI's API
    * @param {object} variables further names that a chat template reads ("enable_thinking")
+   * @param {boolean} begins whether the beginning of a reply ends it
    * @throws {RequestError} messages of another shape
    * @throws {TemplateError} the template refuses the conversation
    */
-  text(messages, variables = {}) {
+  text(messages, variables = {}, begins = true) {
     checkMessages(messages);
-    if (!this.template) return this.conversationText(messages);
+    if (!this.template) return this.conversationText(messages, begins);
     try {
       return this.template.render({
         ...this.specialTokens,
@@ -62,14 +63,14 @@ export class PromptBuilder {
         messages,
         tools: null,
         documents: null,
-        add_generation_prompt: true,
+        add_generation_prompt: begins,
       });
     } catch (error) {
       throw new TemplateError(`the chat template refuses this conversation: ${error.message}`);
     }
   }
 
-  conversationText(messages) {
+  conversationText(messages, begins) {
     const template = this.conversation;
     if (!template) {
       throw new TemplateError("the model's folder has neither a chat template nor a conv_template");
@@ -98,7 +99,7 @@ export class PromptBuilder {
       text += places[role].replaceAll(CONTENT[role], () => content);
       text += role === "assistant" ? seps.at(-1) : seps[0];
     });
-    text += roles.assistant + role_empty_sep;
+    if (begins) text += roles.assistant + role_empty_sep;
     const functions = template.function_string ?? "";
     const last = text.lastIndexOf("{function_string}");
     if (last < 0) return text;
@@ -110,8 +111,8 @@ export class PromptBuilder {
   }
 
   /** The prompt of a conversation as token ids. A chat template writes BOS itself, if at all. */
-  encode(messages, variables) {
-    const ids = this.tokenizer.encode(this.text(messages, variables));
+  encode(messages, variables, begins = true) {
+    const ids = this.tokenizer.encode(this.text(messages, variables, begins));
     const prefix = (!this.template && this.conversation?.system_prefix_token_ids) || [];
     return prefix.every((id, i) => ids[i] === id) ? ids : [...prefix, ...ids];
   }
