@@ -18,8 +18,9 @@ from relaxlm.runtime.turn_end import turn_ends
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 
-# How templates spell that the system message has the functions as text.
-_TOOLS_OF_MESSAGE = ("message['tools']", 'message["tools"]', "message.tools")
+# How templates spell that the system message has the functions: as text, or as they are.
+_TOOLS_AS_TEXT = ("message['tools']", 'message["tools"]', "message.tools")
+_TOOLS_OF_MESSAGE = ("item['tools']", 'item["tools"]', "item.tools")
 
 
 class PromptBuilder:
@@ -145,19 +146,19 @@ class PromptBuilder:
         habits = self._habits[name]
         if results and not habits.results:
             raise TemplateError(f"{template.where} leaves out messages of the role tool")
-        if habits.calls:
-            messages = tool_messages.fitted(messages, habits)
-        else:
+        messages = tool_messages.fitted(messages, habits)
+        if not habits.calls:
             messages = _with_written_calls(messages, template.source, template.where)
         if tools:
             tools = tool_messages.complete_tools(tools, habits.descriptions)
             if not habits.tools:
-                if not any(spelling in template.source for spelling in _TOOLS_OF_MESSAGE):
+                as_text = any(spelling in template.source for spelling in _TOOLS_AS_TEXT)
+                if not as_text and not any(name in template.source for name in _TOOLS_OF_MESSAGE):
                     raise TemplateError(
                         f"{template.where} has no place for tools: send none, or give the model's "
                         "folder a template that writes them"
                     )
-                messages = tool_messages.tools_in_system_message(messages, tools)
+                messages = tool_messages.tools_in_system_message(messages, tools, as_text)
         return render(messages, tools)
 
     def encode(
@@ -222,9 +223,13 @@ def _developer_is_system(messages: Sequence[Message]) -> list[Message]:
 
 def _with_written_calls(messages: Sequence[Message], source: str, where: str) -> list[Message]:
     """Messages with their calls in their content, for a template that does not write calls."""
-    written = []
+    written: list[Message] = []
     for message in messages:
         if "tool_calls" in message:
+            turns = tool_messages.calls_as_turns(message, source)
+            if turns is not None:
+                written += turns
+                continue
             changed = tool_messages.calls_as_text(message, source)
             if changed is None:
                 raise TemplateError(

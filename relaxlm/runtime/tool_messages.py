@@ -38,6 +38,7 @@ class ToolHabits:
         empty_content: the content beside calls; None or "".
         short_ids: ids have nine characters.
         descriptions: a function without a description makes it fail.
+        result_role: what it calls the role "tool"; GLM 4's says "observation".
         one_text: content and reasoning beside the same call make it fail (gpt-oss).
     """
 
@@ -49,12 +50,14 @@ class ToolHabits:
     empty_content: str | None = ""
     short_ids: bool = False
     descriptions: bool = False
+    result_role: str = "tool"
     one_text: bool = False
 
 
 # A conversation to try a template on. The words are found again in what it writes.
 _KEY, _NAME, _RESULT, _ABOUT = "probekey", "probe_call", "probe result", "probe description"
 _QUESTION = {"role": "user", "content": "hello"}
+_OBSERVATION = "<|observation|>"
 
 
 def _tool(**more: str) -> Mapping[str, Any]:
@@ -90,7 +93,11 @@ def habits(render: Render) -> ToolHabits:
     tool = _tool(description=_ABOUT)
     with_tools = _ABOUT in (written([_QUESTION], tool) or "")
     descriptions = with_tools and written([_QUESTION], _tool()) is None
-    results = False
+    results, role = False, "tool"
+    seen = written([_QUESTION, {"role": "observation", "content": _RESULT}], tool) or ""
+    told = written([_QUESTION, {"role": "tool", "content": _RESULT}], tool) or ""
+    if _OBSERVATION in seen and _RESULT in seen and _OBSERVATION not in told:
+        results, role = True, "observation"
     for content, as_text, flat in product((None, ""), (False, True), (False, True)):
         found = ToolHabits(with_tools, True, True, as_text, flat, content, False, descriptions)
         text = written(_conversation(found, "a" * _SHORT_ID), tool) or ""
@@ -106,7 +113,7 @@ def habits(render: Render) -> ToolHabits:
                 short_ids=long_id is None,
                 one_text=written(one, tool) is not None and written(both, tool) is None,
             )
-    return ToolHabits(with_tools, results, False, descriptions=descriptions)
+    return ToolHabits(with_tools, results, False, descriptions=descriptions, result_role=role)
 
 
 # What clients send
@@ -175,6 +182,8 @@ def fitted(messages: Sequence[Message], habits: ToolHabits) -> list[Message]:
                 changed["name"] = names[call_id]
             if habits.short_ids:
                 changed["tool_call_id"] = short_id(call_id)
+        if changed.get("role") == "tool":
+            changed["role"] = habits.result_role
         result.append(changed)
     return result
 
@@ -267,11 +276,30 @@ def calls_as_text(message: Message, source: str) -> Message | None:
     return {**rest, "content": f"{content}\n{text}" if content else text}
 
 
+def calls_as_turns(message: Message, source: str) -> list[Message] | None:
+    """A message as turns of its own for each call, with the function's name as `metadata` (GLM 4);
+    None if the template's text does not speak of it.
+    """
+    if "metadata" not in source:
+        return None
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    turns: list[Message] = [rest] if rest.get("content") else []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        turns.append({"role": "assistant", "metadata": function["name"], "content": arguments})
+    return turns
+
+
 def tools_in_system_message(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], as_text: bool = True
 ) -> list[Message]:
-    """For templates that read the functions as text from `tools` of the system message (Phi 4)."""
-    text = json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False)
+    """For templates that read the functions from `tools` of the system message: as text (Phi 4), or
+    as they are (GLM 4).
+    """
+    text: object = list(tools)
+    if as_text:
+        text = json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False)
     rest = list(messages)
     system: Message = {"role": "system", "content": ""}
     if rest and rest[0].get("role") == "system":

@@ -385,3 +385,30 @@ def test_channels_of_gpt_oss() -> None:
     text = builder.text(CALLS, tools=tools)
     assert "to=functions.f<|channel|>commentary json<|message|>" in text
     assert "<|start|>functions.f to=assistant<|channel|>commentary<|message|>" in text
+
+
+# GLM 4, in short: functions of the system message, roles as they are called, a name as metadata.
+GLM = (
+    "[gMASK]<sop>{% for item in messages %}{% if item['tools'] is defined %}<|system|>"
+    "{% for tool in item['tools'] %}{{ '\n## ' + tool.function.name }}{% endfor %}{% endif %}"
+    "{% if item['content'] %}<|{{ item['role'] }}|>{{ item['metadata'] }}\n{{ item['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_calls_and_results_of_glm_4() -> None:
+    builder = PromptBuilder(config(relaxlm={"chat_template": GLM}), level())
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"s": "ü"}'}}
+    other = {"id": "b", "type": "function", "function": {"name": "g", "arguments": ""}}
+    text = builder.text(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "I look.", "tool_calls": [call, other]},
+            {"role": "tool", "tool_call_id": "a", "content": "sunny"},
+        ],
+        tools=[tool("f"), tool("g")],
+    )
+    assert text == (
+        "[gMASK]<sop><|system|>\n## f\n## g<|user|>\nHi<|assistant|>\nI look."
+        '<|assistant|>f\n{"s": "ü"}<|assistant|>g\n{}<|observation|>\nsunny<|assistant|>'
+    )

@@ -110,8 +110,9 @@ class ReplyFormat:
                 sink,
                 self.reasoning,
                 starts_in_reasoning,
-                self.tools.marks,
+                self.tools.marks_of(request.names),
                 lambda reader, sink, mark: self.tools.read(reader, sink, mark, request),
+                on_lines=self.tools.named,
             )
 
         return ReplyParser(read, new_id or (short_id if self.tools.short_ids else openai_id))

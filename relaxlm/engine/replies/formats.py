@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,6 +67,7 @@ class ToolFormat:
         layout: how a grammar makes the model write calls.
         hints: all of these texts in a chat template mean this format.
         other_hint: so does this one alone.
+        named: a call begins with a line that is a function's name and nothing else.
         tokens: texts that are tokens of their own in many vocabularies.
         short_ids: ids of nine letters and digits.
     """
@@ -79,6 +80,11 @@ class ToolFormat:
     tokens: tuple[str, ...] = field(default=())
     short_ids: bool = False
     other_hint: str | None = None
+    named: bool = False
+
+    def marks_of(self, names: Collection[str]) -> tuple[str, ...]:
+        """The texts behind which a call of one of these functions may begin."""
+        return (*self.marks, *(f"{name}\n" for name in sorted(names) if self.named))
 
     def is_meant_by(self, template: str) -> bool:
         """Whether a chat template's text speaks of this format."""
@@ -136,6 +142,10 @@ def _minimax(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
 
 def _lfm2(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
     return python_calls(reader, sink, "<|tool_call_end|>")
+
+
+def _glm4(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
+    return tagged_calls.named(reader, sink, mark.removesuffix("\n"))
 
 
 def _until(end: str) -> ReadCalls:
@@ -361,6 +371,14 @@ FORMATS = (
         ),
         ("<tool_call>",),
         ("<tool_call>", "</tool_call>"),
+    ),
+    ToolFormat(
+        "glm4",
+        (),
+        _glm4,
+        Layout(f"{NAME}\n", between="\n"),
+        ("[gMASK]",),
+        named=True,
     ),
     ToolFormat(
         "phi4",

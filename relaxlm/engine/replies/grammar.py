@@ -12,7 +12,7 @@ are any object.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from relaxlm.engine.grammar import GrammarSpec
 from relaxlm.engine.grammar_schema import json_rule
@@ -115,10 +115,11 @@ class ReplyGrammar:
         elif self._channels:
             answer = self._on_channels(rules, request.functions, bodies)
         elif self._layout.trigger:
-            answer = self._triggered(rules, request.functions, bodies, several, inside)
+            free = self._free(request.names, inside)
+            answer = self._triggered(rules, request.functions, bodies, several, free)
         else:
             group = self._group(rules, request.functions, bodies, several, after_space=True)
-            rules.add("FREE", self._free(inside))
+            rules.add("FREE", self._free(request.names, inside))
             answer = f"({group} | FREE)"
         return GrammarSpec("lark", rules.source(f"{thinking} {answer}"), trusted=True)
 
@@ -207,11 +208,11 @@ class ReplyGrammar:
         functions: Sequence[Function],
         bodies: Sequence[str],
         several: bool,
-        inside: bool,
+        free: str,
     ) -> str:
         """Free text, and calls behind the text that announces one."""
         trigger = self._layout.trigger
-        rules.add("FREE", self._free(inside))
+        rules.add("FREE", free)
         head = rules.up_to(trigger, "head", "FREE")
         if self._layout.begin:
             unit = self._group(rules, functions, bodies, several, trigger)
@@ -220,11 +221,11 @@ class ReplyGrammar:
             unit = self._call(rules, "call", functions, bodies, before)
         return f"({head} {unit}){'*' if several else '?'} FREE"
 
-    def _free(self, inside: bool) -> str:
-        """Text in which the parser finds nothing that may be a call."""
+    def _free(self, names: Collection[str], inside: bool) -> str:
+        """Text in which the parser finds nothing that may be a call of these functions."""
         texts = [
             literal(mark)
-            for mark in self._tools.marks
+            for mark in self._tools.marks_of(names)
             if mark not in self._special and mark not in BARE_MARKS
         ]
         if any(mark in BARE_MARKS for mark in self._tools.marks):

@@ -61,19 +61,24 @@ def read_reply(
     inside: bool,
     marks: Sequence[str],
     read_calls: CallReader | None,
+    on_lines: bool = False,
 ) -> Wait:
     """Reasoning, if the reply begins with it, then content and calls.
 
     Args:
         inside: the prompt has opened the reasoning already.
         marks: texts that may begin a call; none is the beginning of another.
+        on_lines: they do so at the beginning of a line only, behind white space at most.
     """
     if reasoning is not None:
         yield from _read_reasoning(reader, sink, reasoning, inside)
+    new_line = True
     while True:
         reader.forget()
         before, mark = yield from reader.until(marks)
         sink.content(before)
+        _, line_end, line = before.rpartition("\n")
+        new_line = (new_line or bool(line_end)) and not line.strip()
         if mark is None:
             if not before:
                 return
@@ -82,10 +87,13 @@ def read_reply(
         try:
             assert read_calls is not None
             reader.check_patience()
+            if on_lines and not new_line:
+                raise NotACall
             yield from read_calls(reader, sink, mark)
         except NotACall:
             reader.back(start)
             sink.content(mark)
+        new_line = True
 
 
 def _read_reasoning(reader: Reader, sink: Sink, tags: ReasoningTags, inside: bool) -> Wait:

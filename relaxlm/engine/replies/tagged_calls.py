@@ -38,6 +38,15 @@ def bare(reader: Reader, sink: Sink, mark: str, names: Collection[str]) -> Wait:
         yield from reader.skip_after_space("```")
 
 
+def named(reader: Reader, sink: Sink, name: str) -> Wait:
+    """GLM 4: a line with the function's name, and the arguments."""
+    yield from reader.skip_space()
+    if (yield from reader.peek()) != "{":
+        raise NotACall
+    sink.call(name)
+    yield from stream_object(reader, sink)
+
+
 def python_tag(reader: Reader, sink: Sink) -> Wait:
     """<|python_tag|>{"name": .., "parameters": ..}; .."""
     yield from calls(reader, sink)

@@ -104,6 +104,7 @@ def cases() -> Iterator[Case]:
     yield from _bare()
     yield from _others()
     yield from _lists_in_marks()
+    yield from _glm4()
     yield from _kimi()
     yield from _minimax()
     yield from _python()
@@ -365,6 +366,20 @@ def _lists_in_marks() -> Iterator[Case]:
     yield Case(
         "granite 3.0", "granite", '<tool_call>[{"name": "g", "arguments": {}}]', [("g", "{}")]
     )
+
+
+def _glm4() -> Iterator[Case]:
+    yield Case(
+        "glm4",
+        "glm4",
+        f"<think>so</think>\nI look.\nf\n{HARD}\ng\n {{}}",
+        [("f", HARD), ("g", "{}")],
+        "I look.",
+        "so",
+    )
+    for text in ("f\nx", "an f\n{}", "f {}", "h\n{}", "f\n"):
+        yield Case(f"glm4 malformed {text!r}", "glm4", text, [], text)
+    yield Case("glm4 cut", "glm4", 'f\n{"s": "', [("f", '{"s": "')])
 
 
 def _kimi() -> Iterator[Case]:

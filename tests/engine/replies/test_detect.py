@@ -181,6 +181,7 @@ def test_a_named_template_tells_of_channels() -> None:
 # What is told of templates that are not among the shared files.
 TOLD = {
     "command_a": "{{ '<|START_THINKING|>' }}<|START_ACTION|>[",
+    "glm4": "[gMASK]<sop>{% for m in messages %}<|observation|>",
     "granite": "<|start_of_role|>system<|end_of_role|> write <|tool_call|> and a list",
     "hermes": "<|start_of_role|>system<|end_of_role|> <tool_call>",
     "kimi": "<|tool_calls_section_begin|> <|tool_call_begin|>",
