@@ -14,6 +14,7 @@ def attention(
     cap: float = 0.0,
     sink_logits: np.ndarray | None = None,
     chunked: bool = False,
+    slopes: np.ndarray | None = None,
 ) -> np.ndarray:
     """Causal grouped-query attention of one sequence.
 
@@ -24,6 +25,7 @@ def attention(
         cap: scores s become cap tanh(s / cap), unless it is 0.
         sink_logits: [q_heads], of a token without a value that every query of a head sees.
         chunked: whether a window is a chunk of so many tokens, and a query sees those of its own.
+        slopes: [q_heads], what scores lose for every token between a key and the query.
 
     Returns:
         [n, q_heads, dim] float64.
@@ -40,6 +42,8 @@ def attention(
             scores = k[seen, head // share].astype(np.float64) @ q[row, head] * scale
             if cap:
                 scores = cap * np.tanh(scores / cap)
+            if slopes is not None:
+                scores = scores - float(slopes[head]) * (position - keys[seen])
             logit = -np.inf if sink_logits is None else float(sink_logits[head])
             best = max(scores.max(), logit)
             weights = np.exp(scores - best)

@@ -1,5 +1,5 @@
-"""Baichuan 7B and Baichuan 2 7B, after the `modeling_baichuan.py` that is published with their
-weights. The 13B models have no rotary embeddings (ALiBi) and are refused."""
+"""Baichuan and Baichuan 2, after the `modeling_baichuan.py` that is published with their weights.
+The 7B models have rotary embeddings, the 13B models ALiBi in their place."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,37 +7,42 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from relaxlm.errors import UnsupportedError
+from relaxlm.models.alibi import AlibiConfig
 from relaxlm.models.base import CausalLM
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.layers import Attention, Block, GatedMLP
+from relaxlm.models.rope import Rope
 from relaxlm.models.weights import Source
 
 # Nothing else in their config.json tells the second generation from the first.
 VOCABULARY_OF_BAICHUAN_2 = 125696
 
 
-class Config(DecoderConfig):
+class Config(AlibiConfig):
     absent: ClassVar[dict] = {
         "hidden_act": "silu",
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
+        "alibi": False,
     }
 
     model_type: Literal["baichuan"]
+    rope: Rope | None
     tie_word_embeddings: Literal[False]
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> DecoderConfig:
         if "model_max_length" in raw and raw.get("max_position_embeddings") is None:
-            raise UnsupportedError(
-                f"{where}: Baichuan 13B has linear biases in its attention (ALiBi), which relaxlm "
-                "does not implement. The 7B models are supported"
-            )
+            # Nothing else in their config.json tells the 13B models from the others.
+            raw = {**raw, "max_position_embeddings": raw["model_max_length"], "alibi": True}
         if (raw.get("context_window_size") or 0) > 0:  # folders published for MLC
             raw = {"max_position_embeddings": raw["context_window_size"], **raw}
         return super().read(raw, where)
+
+    @classmethod
+    def _rope(cls, values: Mapping[str, Any]) -> Any:
+        return None if values["alibi"] else super()._rope(values)
 
 
 @dataclass(frozen=True)

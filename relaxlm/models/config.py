@@ -195,6 +195,12 @@ class DecoderConfig(BaseModel):
         return self.head_dim**-0.5
 
     @property
+    def alibi_slopes(self) -> tuple[float, ...] | None:
+        """What every query head's scores lose for each token between key and query (ALiBi), None
+        if nothing: see `models/alibi.py`."""
+        return None
+
+    @property
     def chunked_attention(self) -> bool:
         """Whether windows are chunks: a token sees those of the same chunk, of so many tokens."""
         return False

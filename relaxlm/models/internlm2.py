@@ -47,15 +47,19 @@ class Model(CausalLM):
     def _sources(self, name: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
         if ".qkv_proj." not in name:
             return super()._sources(name, shape)
-        # The checkpoint has a key head and a value head behind the query heads that read them.
-        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        size = heads // groups + 2
-        places = range(heads + 2 * groups)
-        order = (
-            *(place for place in places if place % size < size - 2),
-            *(place for place in places if place % size == size - 2),
-            *(place for place in places if place % size == size - 1),
-        )
-        by_head = (len(places), self.config.head_dim, *shape[1:])
-        checkpoint = self._checkpoint_name(name)
-        return (Source(checkpoint, shape, view=lambda x: x.reshape(by_head), order=order),)
+        return (by_group(Source(self._checkpoint_name(name), shape), self.config),)
+
+
+def by_group(source: Source, config: DecoderConfig) -> Source:
+    """q, k and v out of a checkpoint that has a key head and a value head behind the query heads
+    that read them."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    size = heads // groups + 2
+    places = range(heads + 2 * groups)
+    order = (
+        *(place for place in places if place % size < size - 2),
+        *(place for place in places if place % size == size - 2),
+        *(place for place in places if place % size == size - 1),
+    )
+    by_head = (len(places), config.head_dim, *source.shape[1:])
+    return Source(source.name, source.shape, view=lambda x: x.reshape(by_head), order=order)

@@ -28,12 +28,12 @@ class Config(DecoderConfig):
     clip_qkv: PositiveFloat | None
 
 
-class Attention(layers.Attention):
-    """With `clip_qkv`, queries, keys and values stay between its negative and itself."""
+class ClippedAttention(layers.Attention):
+    """Queries, keys and values stay between -clip and clip, unless that is None."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, config.attention_bias, config.attention_bias)
-        self.clip = config.clip_qkv
+    def __init__(self, config: DecoderConfig, clip: float | None, bias: bool = False) -> None:
+        super().__init__(config, bias, bias)
+        self.clip = clip
 
     def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(x, step)
@@ -55,10 +55,14 @@ class Model(CausalLM):
 
     def __init__(self, config: Config) -> None:
         norm = partial(LayerNorm, weight=False, bias=False)
+
+        def attention() -> ClippedAttention:
+            return ClippedAttention(config, config.clip_qkv, config.attention_bias)
+
         super().__init__(
             config,
             [
-                Block(config, Attention(config), GatedMLP(config), norm)
+                Block(config, attention(), GatedMLP(config), norm)
                 for _ in range(config.num_hidden_layers)
             ],
             norm,

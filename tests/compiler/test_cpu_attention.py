@@ -81,6 +81,9 @@ class PagedBatch:
         # From nothing at all to more than all tokens together.
         logits = rng.permutation(np.linspace(-9, 9, shape.q_heads)).astype("float32")
         self.sink_logits = [logits] if shape.sink_logits else []
+        # From what hides all but neighbours to what hardly shows.
+        slopes = rng.permutation(np.geomspace(0.9, 2e-3, shape.q_heads)).astype("float32")
+        self.slopes = [slopes] if shape.alibi else []
 
     def attend(
         self,
@@ -114,7 +117,7 @@ class PagedBatch:
                 )
             ),
             *self.tensors,
-            *map(tvm.runtime.tensor, self.sink_logits),
+            *map(tvm.runtime.tensor, [*self.sink_logits, *self.slopes]),
             out,
         )
         return out.numpy()
@@ -124,6 +127,7 @@ class PagedBatch:
         keep = lambda x: self.format.dequantize(*self.format.quantize(x))  # noqa: E731
         shape = self.shape
         logits = self.sink_logits[0] if self.sink_logits else None
+        slopes = self.slopes[0] if self.slopes else None
         return np.concatenate(
             [
                 reference.attention(
@@ -137,6 +141,7 @@ class PagedBatch:
                     shape.cap,
                     logits,
                     shape.chunked,
+                    slopes,
                 )
                 for q, k, v, at in zip(self.q, self.k, self.v, self.positions, strict=True)
             ]
@@ -249,6 +254,39 @@ def test_capped_scores_and_sink_logits(features, format, window, change) -> None
         return
     np.testing.assert_allclose(found[:2], expected[:2], rtol=5e-5, atol=5e-6)
     assert reference.relative_error(found, expected) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("features", "heads", "format", "window", "change"),
+    [
+        ((), (6, 2), "float16", 0, {}),
+        ((), (7, 1), "float8_e4m3", 40, {"sinks": 20}),
+        ((), (3, 3), "float32", 128, {"chunked": True, "sink_logits": True}),
+        (("amx-tile", "amx-bf16", "avx512bf16"), (6, 2), "float16", 0, {}),
+        (("avx512bf16",), (6, 2), "float8_e4m3", 40, {"sinks": 20}),
+    ],
+    ids=str,
+)
+def test_biases_by_distance(features, heads, format, window, change) -> None:
+    native = resolve_device("cpu").tvm_target()
+    if missing := [name for name in features if not has_feature(name, native)]:
+        pytest.skip(f"this CPU has no {', '.join(missing)}")
+    target = native if "amx-tile" in features else PORTABLE
+    if features == ("avx512bf16",):
+        target = tvm.target.Target({"kind": "llvm", "mcpu": "znver4"})
+    change = {"sinks": 0, **change}
+    shape = AttentionShape(*heads, 32, window, scale=0.2, alibi=True, **change)
+    # One part and many, single rows and several, prompts of one block and of more.
+    batch = PagedBatch(shape, KV_FORMATS[format], [1, 900, 700, 333], [1, 1, 5, 333])
+    found = batch.attend(target=target, rounded=bool(features))
+    expected = batch.expected()
+    if features:
+        assert reference.relative_error(found, expected) < 4e-3
+        return
+    np.testing.assert_allclose(found, expected, rtol=5e-5, atol=5e-6)
+    if window == 40:  # tokens behind those that are gone keep their distances
+        late = PagedBatch(shape, KV_FORMATS[format], [300, 700], [1, 5])
+        np.testing.assert_allclose(late.attend(12), late.expected(), rtol=5e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("new", [1, 2, 16], ids=str)

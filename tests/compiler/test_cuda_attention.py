@@ -74,6 +74,9 @@ class Batch:
         # From nothing at all to more than all tokens together.
         logits = rng.permutation(np.linspace(-9, 9, shape.q_heads)).astype("float32")
         self.sink_logits = [logits] if shape.sink_logits else []
+        # From what hides all but neighbours to what hardly shows.
+        slopes = rng.permutation(np.geomspace(0.9, 2e-3, shape.q_heads)).astype("float32")
+        self.slopes = [slopes] if shape.alibi else []
 
     def stored(self, dtype: str) -> list[np.ndarray]:
         """The page tensors as they should be after appending everything, computed in NumPy."""
@@ -106,6 +109,7 @@ class Batch:
             np.full(len(self.k), dropped_pages * PAGE, "int32"),
             *self.stored(dtype),
             *self.sink_logits,
+            *self.slopes,
             out,
         )
         return out.astype("float32")
@@ -121,6 +125,7 @@ class Batch:
 
         shape = self.shape
         logits = self.sink_logits[0] if self.sink_logits else None
+        slopes = self.slopes[0] if self.slopes else None
         return np.concatenate(
             [
                 reference.attention(
@@ -134,6 +139,7 @@ class Batch:
                     shape.cap,
                     logits,
                     shape.chunked,
+                    slopes,
                 )
                 for q, k, v, at in zip(self.q, self.k, self.v, self.positions, strict=True)
             ]
@@ -188,8 +194,9 @@ def test_attention_over_pages(
         ("float16", "float32", {"window": 200, "sinks": 20, "cap": 2.0}, "forward"),
         ("float32", "float32", {"sink_logits": True}, "random"),
         ("float16", "float16", {"window": 128, "chunked": True}, "forward"),
+        ("float16", "float8_e4m3", {"alibi": True}, "random"),
     ],
-    ids=["plain", "fp8-sink", "window-cap", "float32", "chunked"],
+    ids=["plain", "fp8-sink", "window-cap", "float32", "chunked", "alibi"],
     indirect=["cuda"],
 )
 def test_single_tokens_share_out_long_contexts(
@@ -223,6 +230,29 @@ def test_capped_scores_and_sink_logits(cuda: CudaEmulation, format: str, change:
     kernel = cuda.build(attend_kernel(shape, KV_FORMATS[format], "float32"))
     result = batch.attend(kernel, "float32")
     assert reference.relative_error(result, batch.expected("float32")) < 4e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("heads", "dtype", "format", "change"),
+    [
+        ((6, 2), "float16", "float16", {}),
+        ((6, 1), "float16", "float8_e4m3", {"window": 33, "sinks": 20}),
+        ((6, 2), "float32", "float16", {"window": 33, "sinks": 20}),
+        ((3, 3), "float32", "float32", {}),
+    ],
+    ids=["half", "half-window", "float32-window", "float32"],
+)
+def test_biases_by_distance(
+    cuda: CudaEmulation, heads: tuple[int, int], dtype: str, format: str, change: dict
+) -> None:
+    shape = AttentionShape(*heads, 32, window=0, sinks=0, scale=0.3, alibi=True)
+    shape = replace(shape, **change)
+    # Tokens behind those that are gone keep their distances.
+    batch = Batch(shape, KV_FORMATS[format], lengths=[90, 100], new=[1, 19])
+    kernel = cuda.build(attend_kernel(shape, KV_FORMATS[format], dtype))
+    result = batch.attend(kernel, dtype, dropped_pages=1 if shape.window else 0)
+    assert reference.relative_error(result, batch.expected(dtype)) < ERROR[dtype]
 
 
 @needs_compiler
@@ -347,14 +377,16 @@ def test_kernels_from_relax_write_pages_in_place(cuda: CudaEmulation) -> None:
 def test_kernels_compile_to_machine_code_in_registers(tmp_path: Path) -> None:
     target = resolve_device("cuda", "sm_80")
     functions = {}
-    for dtype, format in [
-        ("float16", "float16"),
-        ("bfloat16", "float8_e4m3"),
-        ("float32", "float32"),
+    for dtype, format, alibi in [
+        ("float16", "float16", False),
+        ("bfloat16", "float8_e4m3", False),
+        ("float32", "float32", False),
+        ("float16", "float16", True),
+        ("float32", "float32", True),
     ]:
-        shape = AttentionShape(32, 8, 128, window=64, sinks=4, scale=0.1)
-        for kind in (cuda_append.append_kernel, attend_kernel):
-            name = f"{kind.__name__}_{dtype}"
+        shape = AttentionShape(32, 8, 128, window=64, sinks=4, scale=0.1, alibi=alibi)
+        for kind in (attend_kernel,) if alibi else (cuda_append.append_kernel, attend_kernel):
+            name = f"{kind.__name__}_{dtype}_{alibi}"
             functions[name] = kind(shape, KV_FORMATS[format], dtype).with_attr(
                 "global_symbol", name
             )
@@ -364,7 +396,7 @@ def test_kernels_compile_to_machine_code_in_registers(tmp_path: Path) -> None:
     export_library(executable, library)
     check_device_code(library, target.arch)
     # Of each dtype: append; few and many rows, each with what merges parts, or one such pair.
-    assert len(build.reports) == 3 + 4 + 4 + 2
+    assert len(build.reports) == 3 + 4 + 4 + 2 + 4 + 2
     assert [str(report) for report in build.reports if report.stack or report.spill_stores] == []
 
 

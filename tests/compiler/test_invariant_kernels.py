@@ -174,7 +174,7 @@ class Attention:
             tvm.runtime.tensor(q),
             *(tvm.runtime.tensor(array.astype(np.int32)) for array in inputs),
             *self.batch.tensors,
-            *map(tvm.runtime.tensor, self.batch.sink_logits),
+            *map(tvm.runtime.tensor, [*self.batch.sink_logits, *self.batch.slopes]),
             out,
         )
         return np.split(out.numpy(), rows[1:-1])
@@ -196,6 +196,7 @@ def native(without: str | None) -> tvm.target.Target:
         (0, 0, {"sink_logits": True}, "float32", False, None),
         (0, 0, {}, "float8_e4m3", False, None),
         (300, 20, {"cap": 2.0, "sink_logits": True}, "float16", True, None),
+        (300, 20, {"alibi": True}, "float16", False, None),
         (100, 0, {}, "float32", False, None),
     ],
     ids=str,

@@ -41,6 +41,7 @@ EXACT, QUANTIZED = "q0f32", "q4f16_1"
 RUNS = {
     "baichuan": "Baichuan 1 and 2",
     "bert": "BERT encoders for embeddings: bge, E5, GTE, MiniLM, Arctic Embed",
+    "bloom": "BLOOM, BLOOMZ",
     "chatglm": "ChatGLM 2 and 3, GLM-4-9B-Chat",
     "cohere": "Command R, Command R+, Aya 23",
     "cohere2": "Command R7B, Command A",
@@ -48,6 +49,7 @@ RUNS = {
     "deepseek_v3": "DeepSeek-V3, V3.1, R1",
     "dots1": "dots.llm1",
     "ernie4_5_moe": "ERNIE 4.5 21B-A3B, 300B-A47B",
+    "falcon": "Falcon 7B, 40B, 180B, 11B, RW",
     "gemma": "Gemma 1, CodeGemma",
     "gemma2": "Gemma 2",
     "gemma3": "Gemma 3 4B to 27B, text part",
@@ -76,6 +78,7 @@ RUNS = {
     "ministral3": "Ministral 3",
     "mistral": "Mistral 7B, Mistral Nemo, Mistral Small, Zephyr",
     "mixtral": "Mixtral 8x7B and 8x22B",
+    "mpt": "MPT 7B and 30B",
     "nemotron": "Nemotron-4, Minitron",
     "nemotron_h": "Nemotron-H, Nemotron 3",
     "olmo": "OLMo 1",

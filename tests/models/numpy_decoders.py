@@ -48,6 +48,7 @@ def _attention(
     v: np.ndarray,
     heads: int,
     turn: Callable[[np.ndarray], np.ndarray],
+    slopes: list[float] | None = None,
 ) -> np.ndarray:
     """q [n, heads * dim], k and v [n, kv_heads * dim] -> [n, heads * dim]."""
     n, dim = len(q), q.shape[1] // heads
@@ -57,10 +58,21 @@ def _attention(
         own = slice(head * dim, (head + 1) * dim)
         shared = slice(head // group * dim, (head // group + 1) * dim)
         scores = turn(q[:, own]) @ turn(k[:, shared]).T / np.sqrt(dim)
+        if slopes is not None:
+            scores += slopes[head] * (np.arange(n) - np.arange(n)[:, None])
         scores[np.triu_indices(n, 1)] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         result[:, own] = weights / weights.sum(-1, keepdims=True) @ v[:, shared]
     return result
+
+
+def interleaved_slopes(heads: int) -> list[float]:
+    """ALiBi's, as Baichuan 13B's `_get_interleave` has them."""
+    if heads & (heads - 1) == 0:
+        start = 2.0 ** (-8 / heads)
+        return [start ** (i + 1) for i in range(heads)]
+    fewer = 1 << (heads.bit_length() - 1)
+    return interleaved_slopes(fewer) + interleaved_slopes(2 * fewer)[::2][: heads - fewer]
 
 
 def chatglm(raw: Mapping[str, Any], tensors: Tensors, ids: np.ndarray) -> np.ndarray:
@@ -90,7 +102,8 @@ def chatglm(raw: Mapping[str, Any], tensors: Tensors, ids: np.ndarray) -> np.nda
 
 def baichuan(raw: Mapping[str, Any], tensors: Tensors, ids: np.ndarray) -> np.ndarray:
     """Baichuan 2 7B: `baichuan-inc/Baichuan2-7B-Base/modeling_baichuan.py`; the first generation
-    where the vocabulary is not that of the second. Logits [n, vocab]."""
+    where the vocabulary is not that of the second, 13B where there is no `max_position_embeddings`.
+    Logits [n, vocab]."""
     w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     head = w["lm_head.weight"]
     if raw["vocab_size"] == 125696:
@@ -99,7 +112,11 @@ def baichuan(raw: Mapping[str, Any], tensors: Tensors, ids: np.ndarray) -> np.nd
     def mix(y: np.ndarray, at: str) -> list[np.ndarray]:
         return np.split(y @ w[f"{at}.W_pack.weight"].T, 3, axis=1)
 
-    return _llama_like(raw, w, w["model.embed_tokens.weight"][ids], mix) @ head.T
+    slopes = None
+    if raw.get("max_position_embeddings") is None:
+        slopes = interleaved_slopes(raw["num_attention_heads"])
+    x = _llama_like(raw, w, w["model.embed_tokens.weight"][ids], mix, slopes=slopes)
+    return x @ head.T
 
 
 def minicpm(raw: Mapping[str, Any], tensors: Tensors, ids: np.ndarray) -> np.ndarray:
@@ -122,13 +139,18 @@ def _llama_like(
     x: np.ndarray,
     mix: Callable[[np.ndarray, str], list[np.ndarray]],
     share: float = 1.0,
+    slopes: list[float] | None = None,
 ) -> np.ndarray:
     eps, base = raw["rms_norm_eps"], raw.get("rope_theta", 10000.0)
+
+    def turn(part: np.ndarray) -> np.ndarray:
+        return rotate_halves(part, base) if slopes is None else part
+
     for layer in range(raw["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         y = _rms_norm(x, w[f"{at}.input_layernorm.weight"], eps)
         q, k, v = mix(y, f"{at}.self_attn")
-        y = _attention(q, k, v, raw["num_attention_heads"], lambda part: rotate_halves(part, base))
+        y = _attention(q, k, v, raw["num_attention_heads"], turn, slopes)
         x = x + y @ w[f"{at}.self_attn.o_proj.weight"].T * share
         y = _rms_norm(x, w[f"{at}.post_attention_layernorm.weight"], eps)
         y = _silu(y @ w[f"{at}.mlp.gate_proj.weight"].T) * (y @ w[f"{at}.mlp.up_proj.weight"].T)

@@ -125,12 +125,18 @@ def own_config(model_type: str, **change) -> dict:
 
 SCALES = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
 BAICHUAN = own_config("baichuan", num_key_value_heads=4, rope_theta=10000.0)
+# 13B: ALiBi, of a number of heads that is no power of 2.
+BAICHUAN_13B = own_config(
+    "baichuan", hidden_size=96, num_attention_heads=6, num_key_value_heads=6, model_max_length=256
+)
+del BAICHUAN_13B["max_position_embeddings"], BAICHUAN_13B["rope_theta"]
 OWN_REFERENCE = {
     "chatglm": chatglm_config(),
     "chatglm-all-biases": chatglm_config(
         add_bias_linear=True, multi_query_group_num=1, kv_channels=16, rope_ratio=1
     ),
     "baichuan": BAICHUAN,
+    "baichuan-13b": BAICHUAN_13B,
     "minicpm": own_config("minicpm", **SCALES, tie_word_embeddings=True),
     "minicpm-untied": own_config("minicpm", **SCALES, num_key_value_heads=4),
 }
@@ -184,10 +190,7 @@ def test_the_head_of_baichuan_2_has_rows_of_length_1() -> None:
 
 
 REFUSED = {
-    "baichuan-13b": (
-        {**BAICHUAN, "max_position_embeddings": None, "model_max_length": 4096},
-        "ALiBi",
-    ),
+    "baichuan-tied": ({**BAICHUAN, "tie_word_embeddings": True}, "tie_word_embeddings = True"),
     "chatglm-6b": (chatglm_config(position_encoding_2d=True), "position_encoding_2d"),
     "chatglm2-32k": (
         chatglm_config(_name_or_path="THUDM/chatglm2-6b-32k", rope_ratio=50),

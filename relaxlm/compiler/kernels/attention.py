@@ -23,7 +23,9 @@ class AttentionShape:
     token sees those of its own chunk instead, of `window` tokens (Llama 4). `scale` multiplies the
     scores before the softmax; a `cap` other than 0 then makes them cap * tanh(score / cap)
     (Gemma 2, arXiv:2408.00118). With `sink_logits` every query head has a learned logit that the
-    softmax counts like a token without a value (gpt-oss, arXiv:2508.10925).
+    softmax counts like a token without a value (gpt-oss, arXiv:2508.10925). With `alibi` every
+    query head has a slope, and its scores, capped or not, lose that much for every token that a key
+    lies behind the query (ALiBi: Press et al. 2021, arXiv:2108.12409).
     """
 
     q_heads: int
@@ -36,6 +38,7 @@ class AttentionShape:
     cap: float = 0.0
     sink_logits: bool = False
     chunked: bool = False
+    alibi: bool = False
 
     def oldest(self, query: Expr) -> Expr:
         """Position of the first token that one at position `query` sees, apart from sinks."""

@@ -121,8 +121,8 @@ def attend_kernel(
     """Attention of n query rows over the pages of their sequences, with an online softmax.
 
     (q [n, q_heads, dim], positions [n], row_offsets [b + 1], page_offsets [b + 1], page_ids [p],
-    kv_lengths [b], dropped [b], *page tensors, sink_logits [q_heads] float32 if the shape has them)
-    -> [n, q_heads, dim].
+    kv_lengths [b], dropped [b], *page tensors, and, if the shape has them, sink_logits [q_heads]
+    float32 and slopes [q_heads] float32) -> [n, q_heads, dim].
 
     Args:
         dtype: of q and the result.
@@ -243,6 +243,10 @@ def _attend_kernel(
 
             return load
 
+        def slope_of(beside: Expr | int, row: Expr) -> Expr:
+            return tables.slope((head + beside) * share + row % share)
+
+        slope = slope_of if shape.alibi else None
         with T.If(rows <= few):
             with T.Then():
                 T.buffer_store(plan_, start, [0])
@@ -262,7 +266,7 @@ def _attend_kernel(
 
         def many() -> None:
             span_ = (begin, end, count, share)
-            attend_rows(products, pages, kept, queries, element, sequence, *span_, whole)
+            attend_rows(products, pages, kept, queries, element, sequence, *span_, whole, slope)
 
         if plan.invariant:
             many()
@@ -270,7 +274,8 @@ def _attend_kernel(
             with T.If(rows == 1):
                 with T.Then():
                     beside = heads_of(tables, sequence)
-                    attend_one(direct, pages, kept, queries, element, sequence, begin, end, beside)
+                    span_ = (begin, end, beside)
+                    attend_one(direct, pages, kept, queries, element, sequence, *span_, slope)
                 with T.Else():
                     many()
         found = whole or kept

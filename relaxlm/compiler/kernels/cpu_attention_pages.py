@@ -11,7 +11,7 @@ from tvm.script.ir_builder import tirx as T
 from relaxlm.compiler.kernels.attention import AttentionShape
 from relaxlm.compiler.kernels.builder import length, tensor
 from relaxlm.compiler.kernels.cpu_float8 import decode_e4m3
-from relaxlm.compiler.kernels.vector import prefetch, splat, to_float32, vector
+from relaxlm.compiler.kernels.vector import LOG2E, prefetch, splat, to_float32, vector
 from relaxlm.quantization.kv_cache import KVFormat
 
 # Pages per round of the online softmax, even: of rows that share panels, and of a single row, whose
@@ -46,6 +46,7 @@ class Tables:
     k_scales: tirx.Buffer
     v_scales: tirx.Buffer
     sink_logits: tirx.Buffer | None
+    slopes: tirx.Buffer | None
     out: tirx.Buffer
 
     @staticmethod
@@ -71,12 +72,13 @@ class Tables:
         sink_logits = (
             tensor("sink_logits", (shape.q_heads,), "float32") if shape.sink_logits else None
         )
+        slopes = tensor("slopes", (shape.q_heads,), "float32") if shape.alibi else None
         out = tensor("out", (n, shape.q_heads, dim), dtype)
         return Tables(
             shape,
             by_position,
             *(q, positions, row_offsets, page_offsets, page_ids, dropped),
-            *(k, v, k_scales, v_scales, sink_logits, out),
+            *(k, v, k_scales, v_scales, sink_logits, slopes, out),
         )
 
     @property
@@ -126,6 +128,11 @@ class Tables:
         if self.by_position:
             return T.if_then_else(self.remains(sequence, index, index + 1), start, NOWHERE)
         return start + T.if_then_else(index >= self.sink_pages, self.dropped[sequence], 0)
+
+    def slope(self, q_head: Expr) -> Expr:
+        """What scores lose per token of distance, in powers of 2; of a shape with `alibi`."""
+        assert self.slopes is not None
+        return self.slopes[q_head] * T.float32(LOG2E)
 
     def visible(self, first: Expr, query: Expr) -> Expr:
         """Which tokens of the page that begins at position `first` a query sees: [page] bool."""

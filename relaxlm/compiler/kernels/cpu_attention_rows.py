@@ -19,6 +19,8 @@ CHUNKS = PAGES
 # (KV head, counted from the task's first; row of that head) -> (i, lanes) -> that many elements of
 # the scaled query from i on, float32.
 Query = Callable[[Expr | int, Expr], Callable[[Expr, int], Expr]]
+# The same to the slope of the row's query head (`Tables.slope`).
+Slope = Callable[[Expr | int, Expr], Expr]
 
 
 def attend_one(
@@ -31,6 +33,7 @@ def attend_one(
     begin: Expr,
     end: Expr,
     heads: Expr,
+    slope: Slope | None = None,
 ) -> None:
     """The query heads of `heads` KV heads of a single row over pages begin .. end.
 
@@ -39,6 +42,11 @@ def attend_one(
     """
     direct.declare()
     each = direct.passes * direct.rows
+
+    def slope_of(row: Expr) -> Expr:
+        assert slope is not None
+        return slope(row // each, row % each)
+
     with T.serial(heads * each) as r:
         kept.clear(r)
         direct.put_query(r, element(r // each, r % each))
@@ -62,6 +70,7 @@ def attend_one(
                     lambda row: queries[0],
                     masked=True,
                     scaled=direct.scaled,
+                    slope=slope_of if slope else None,
                 )
                 direct.gather(of_head, first, here, kept.sums)
 
@@ -78,6 +87,7 @@ def attend_rows(
     count: Expr,
     share: int,
     whole: Sums | None = None,
+    slope: Slope | None = None,
 ) -> None:
     """The heads of `count` tokens over pages begin .. end; row r is at queries[r // share].
 
@@ -106,6 +116,10 @@ def attend_rows(
         """Position of a block's last row."""
         return queries[(T.min(number * block + block, count * share) - 1) // share]
 
+    def slope_of(row: Expr) -> Expr:
+        assert slope is not None
+        return slope(0, row)
+
     def pairs(number: Expr) -> Expr:
         return (seen[number] + 1) // 2
 
@@ -123,6 +137,7 @@ def attend_rows(
             masked,
             place=number % products.slots * block + chunk * rows_each,
             zeros=tables.by_position,
+            slope=slope_of if slope else None,
         )
 
     def hidden(number: Expr) -> Expr:

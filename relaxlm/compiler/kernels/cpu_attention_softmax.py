@@ -122,6 +122,12 @@ def capped(x: Expr, cap: float, lanes: int) -> Expr:
     return splat(LOG2E * cap, lanes) - splat(2 * LOG2E * cap, lanes) / (splat(1.0, lanes) + power)
 
 
+def nearer(x: Expr, slope: Expr, first: Expr, query: Expr, lanes: int) -> Expr:
+    """Scores of the tokens from position `first` on, less `slope` per token to the query."""
+    distance = T.broadcast(first - query, lanes) + T.ramp(T.int32(0), 1, lanes)
+    return multiply_add(splat(slope, lanes), T.cast(distance, f"float32x{lanes}"), x)
+
+
 def soften(
     kept: Sums,
     products: Weighted,
@@ -134,6 +140,7 @@ def soften(
     scaled: bool = False,
     place: Expr | int = 0,
     zeros: bool = False,
+    slope: Callable[[Expr], Expr] | None = None,
 ) -> None:
     """Turn scores of some rows into weights.
 
@@ -148,6 +155,7 @@ def soften(
         place: the first row's number among the rows of scores and weights.
         zeros: whether the weight of a masked token is 0 instead, so that nothing depends on which
             masked tokens there are.
+        slope: row of `kept` -> what its scores lose per token of distance, in powers of 2.
     """
     page, cap = kept.page, pages.tables.shape.cap
     two_to = exp2 if products.exact else exp2_coarse
@@ -158,12 +166,15 @@ def soften(
         with T.serial(pairs) as pair:
             for half in range(2):
                 at = products.score_at(place + r, 2 * pair + half)
-                if masked or scaled or cap:
+                if masked or scaled or cap or slope:
                     score = get(products.scores, at, page)
                     if scaled:
                         score = pages.times_key_scale(score, 2 * pair + half)
                     if cap:
                         score = capped(score, cap, page)
+                    if slope is not None:
+                        first_token = pages.starts[2 * pair + half]
+                        score = nearer(score, slope(row), first_token, query(row), page)
                     if masked:
                         visible = pages.tables.visible(pages.starts[2 * pair + half], query(row))
                         score = T.Select(visible, score, splat(MASKED, page))

@@ -123,8 +123,8 @@ def attend_kernel(
     """Attention of n query rows over the pages of their sequences, with an online softmax.
 
     (q [n, q_heads, dim], positions [n], row_offsets [b + 1], page_offsets [b + 1], page_ids [p],
-    kv_lengths [b], dropped [b], *page tensors, sink_logits [q_heads] float32 if the shape has them)
-    -> [n, q_heads, dim]. n must not be 0.
+    kv_lengths [b], dropped [b], *page tensors, and, if the shape has them, sink_logits [q_heads]
+    float32 and slopes [q_heads] float32) -> [n, q_heads, dim]. n must not be 0.
     """
     check_shape(shape)
     heads, kv_heads, dim = shape.q_heads, shape.kv_heads, shape.head_dim
@@ -142,6 +142,7 @@ def attend_kernel(
             for spec in page_tensors(shape, format)
         ]
         logits = tensor("sink_logits", (heads,), "float32") if shape.sink_logits else None
+        slope = tensor("slopes", (heads,), "float32") if shape.alibi else None
         out = tensor("out", (n, heads, dim), dtype)
 
         # In the order that attend.cuh has them.
@@ -152,7 +153,8 @@ def attend_kernel(
         ]
         k, v, *scales = (buffer.data for buffer in cached)
         k_scales, v_scales = scales or (k, v)
-        sink_logits = k if logits is None else logits.data
+        sink_logits, slopes = (k if each is None else each.data for each in (logits, slope))
+        alibi = str(shape.alibi).lower()
 
         def run(code: str, warps: int, blocks: tuple[Expr, Expr], shared: int) -> None:
             """Blocks along rows and heads, and as many parts as keep the GPU busy."""
@@ -166,7 +168,7 @@ def attend_kernel(
                     code,
                     q.data,
                     *(buffer.data for buffer in tables),
-                    *(k, v, k_scales, v_scales, sink_logits, out.data, partial),
+                    *(k, v, k_scales, v_scales, sink_logits, slopes, out.data, partial),
                     *(T.cast(count, "int32") for count in (n, batch)),
                     *options,
                     *(x, y, part, T.cast(parts, "int32"), shared_bytes(shared)),
@@ -190,9 +192,8 @@ def attend_kernel(
             share = max(
                 g for g in range(1, group + 1) if group % g == 0 and g * steps <= MAX_ACCUMULATORS
             )
-            code = (
-                f"relaxlm::attend_tokens<{C_TYPES[dtype]}, {stored_type(format)}, {dim}, {share}>"
-            )
+            types = f"{C_TYPES[dtype]}, {stored_type(format)}"
+            code = f"relaxlm::attend_tokens<{types}, {dim}, {share}, {alibi}>"
             shared = 4 * PLAIN_WARPS * share * (dim + 2)
             run(code, PLAIN_WARPS, (n, tirx.const(heads // share, "int64")), shared)
             return
@@ -200,7 +201,8 @@ def attend_kernel(
 
         def run_tiles(tile: Tile) -> None:
             numbers = f"{dim}, {tile.row_warps}, {tile.token_warps}, {tile.tokens}, {tile.stages}"
-            code = f"relaxlm::Attention<{C_TYPES[dtype]}, {stored_type(format)}, {numbers}>"
+            types = f"{C_TYPES[dtype]}, {stored_type(format)}"
+            code = f"relaxlm::Attention<{types}, {numbers}, {alibi}>"
             # Every sequence's last tile may be partly filled.
             count = n * group // tile.rows + batch
             run(

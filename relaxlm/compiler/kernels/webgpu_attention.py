@@ -41,8 +41,13 @@ def page_tensors(shape: AttentionShape, format: KVFormat) -> tuple[PageTensor, .
     """The tensors that one layer's cache is made of, each with a leading axis of pages.
 
     Raises:
-        UnsupportedError: an fp8 cache, or a head size that does not fit.
+        UnsupportedError: an fp8 cache, linear biases, or a head size that does not fit.
     """
+    if shape.alibi:
+        raise UnsupportedError(
+            "linear biases in attention (ALiBi) are not supported on webgpu. Compile this model "
+            "for cpu or cuda"
+        )
     if format.scaled or format.dtype not in ("float16", "float32"):
         raise UnsupportedError(
             f"kv_cache_dtype = {format.name} is not supported on webgpu: its shaders have float16 "

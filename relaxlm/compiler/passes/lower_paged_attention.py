@@ -8,7 +8,7 @@
     forward(ids, positions, slots, row_offsets, page_offsets, page_ids, kv_lengths, dropped,
             [state_sources, state_targets,] rows, kv: Tuple[pages, ...], [states,] *params):
         pages' = call_tir_inplace(append, (k, v, slots, pages))
-        out = call_tir(attend, (q, positions, ..., pages'[, sink_logits]))
+        out = call_tir(attend, (q, positions, ..., pages'[, sink_logits][, slopes]))
 
 and add `copy_pages(kv, sources, targets)` for copy-on-write. The models' IR is the same for every
 format; only this pass and its kernels know what a page looks like. Runs before LegalizeOps.
@@ -20,6 +20,7 @@ keeps a state of its own; `lower_state.py` turns the operators that work on stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -49,9 +50,9 @@ class AttentionKernels:
 
 def cache_shape(config: DecoderConfig) -> AttentionShape:
     """The shape of every layer's cache; windows and scales make no difference to it."""
-    return AttentionShape(
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim, 0, 0, 0.0
-    )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    alibi = config.alibi_slopes is not None
+    return AttentionShape(heads, kv_heads, config.head_dim, 0, 0, 0.0, alibi=alibi)
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerPagedAttention")
@@ -95,6 +96,8 @@ class _Rewriter(PyExprMutator):
     def _attention(self, call: relax.Call) -> relax.Expr:
         _, q, k, v, layer, window, sinks, scale, cap, *sink_logits = call.args[1]
         layer, window, sinks = int(layer.value), int(window.value), int(sinks.value)
+        config = self.lowering.config
+        slopes = config.alibi_slopes
         shape = AttentionShape(
             int(q.ty.shape[1]),
             int(k.ty.shape[1]),
@@ -104,7 +107,8 @@ class _Rewriter(PyExprMutator):
             scale.value,
             cap=cap.value,
             sink_logits=bool(sink_logits),
-            chunked=window > 0 and self.lowering.config.chunked_attention,
+            chunked=window > 0 and config.chunked_attention,
+            alibi=slopes is not None,
         )
         kernels, format, dtype = self.lowering.kernels, self.lowering.format, str(q.ty.dtype)
         # The append depends on the heads alone: one kernel for all layers.
@@ -127,6 +131,8 @@ class _Rewriter(PyExprMutator):
         pages = [self.builder_.emit(relax.TupleGetItem(updated, i)) for i in range(count)]
         attend = self.builder_.add_func(kernels.attend(shape, format, dtype), "paged_attention")
         arguments = [q, *self._tables(shape), *pages, *sink_logits]
+        if slopes is not None:
+            arguments.append(relax.const(np.array(slopes, np.float32)))
         return relax.call_tir(attend, arguments, relax.TensorType(q.ty.shape, dtype))
 
     def _tables(self, shape: AttentionShape) -> list[relax.Expr]:

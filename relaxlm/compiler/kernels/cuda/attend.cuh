@@ -28,9 +28,10 @@ __device__ __forceinline__ void attend_tiles(
     const typename S::T* __restrict__ q, const int* positions, const int* row_offsets,
     const int* page_offsets, const int* page_ids, const int* kv_lengths, const int* dropped,
     const void* k_pages, const void* v_pages, const void* k_scales, const void* v_scales,
-    const void* sink_logits, typename S::T* __restrict__ out, void* partial, int n, int batch,
-    int heads, int kv_heads, int window, int sinks, int chunked, int has_sink_logits, float factor,
-    float cap, int tile, int kv_head, int part, int parts, unsigned char* shared) {
+    const void* sink_logits, const void* slopes, typename S::T* __restrict__ out, void* partial,
+    int n, int batch, int heads, int kv_heads, int window, int sinks, int chunked,
+    int has_sink_logits, float factor, float cap, int tile, int kv_head, int part, int parts,
+    unsigned char* shared) {
   typedef typename S::Stored Stored;
   attend<S>(q, {positions, row_offsets, page_offsets, page_ids, kv_lengths, dropped, batch},
             Cached<Stored>{static_cast<const Stored*>(k_pages),
@@ -38,20 +39,21 @@ __device__ __forceinline__ void attend_tiles(
             Cached<Stored>{static_cast<const Stored*>(v_pages),
                            static_cast<const float*>(v_scales), kv_heads, S::DIM},
             heads / kv_heads, {window, sinks, chunked != 0}, {factor, cap},
+            Slopes<S::ALIBI>{static_cast<const float*>(slopes)},
             results_of<typename S::T, S::DIM>(out, partial, sink_logits, has_sink_logits, n * heads,
                                               heads, part, parts),
             tile, kv_head, parts, shared);
 }
 
 // The same without tensor cores: a block is a token, and SHARE heads of a group.
-template <typename T, typename Stored, int DIM, int SHARE>
+template <typename T, typename Stored, int DIM, int SHARE, bool ALIBI>
 __device__ __forceinline__ void attend_tokens(
     const T* __restrict__ q, const int* positions, const int* row_offsets, const int* page_offsets,
     const int* page_ids, const int* kv_lengths, const int* dropped, const void* k_pages,
     const void* v_pages, const void* k_scales, const void* v_scales, const void* sink_logits,
-    T* __restrict__ out, void* partial, int n, int batch, int heads, int kv_heads, int window,
-    int sinks, int chunked, int has_sink_logits, float factor, float cap, int token, int share,
-    int part, int parts, unsigned char* shared) {
+    const void* slopes, T* __restrict__ out, void* partial, int n, int batch, int heads,
+    int kv_heads, int window, int sinks, int chunked, int has_sink_logits, float factor, float cap,
+    int token, int share, int part, int parts, unsigned char* shared) {
   const int first = share * SHARE;
   auto query = [&](int row, int d) { return to_float(q[size_t(row) * DIM + d]); };
   attend_plain<T, Stored, DIM, DIM, SHARE>(
@@ -61,6 +63,7 @@ __device__ __forceinline__ void attend_tokens(
       Cached<Stored>{static_cast<const Stored*>(v_pages), static_cast<const float*>(v_scales),
                      kv_heads, DIM},
       {window, sinks, chunked != 0}, {factor, cap},
+      Slopes<ALIBI>{static_cast<const float*>(slopes)},
       results_of<T, DIM>(out, partial, sink_logits, has_sink_logits, n * heads, heads, part, parts),
       token, first / (heads / kv_heads), first, parts, reinterpret_cast<float*>(shared));
 }

@@ -11,12 +11,14 @@
 
 namespace relaxlm {
 
-template <typename T_, typename Stored_, int DIM_, int WM_, int WK_, int TOKENS_, int STAGES_>
+template <typename T_, typename Stored_, int DIM_, int WM_, int WK_, int TOKENS_, int STAGES_,
+          bool ALIBI_>
 struct Attention {
   typedef T_ T;
   typedef Stored_ Stored;  // what is in the pages; codes of float8 have scales
   static constexpr int DIM = DIM_, WM = WM_, WK = WK_, TOKENS = TOKENS_, STAGES = STAGES_;
   static constexpr int ROWS = WM * 16, THREADS = WM * WK * 32, MINE = TOKENS / WK;
+  static constexpr bool ALIBI = ALIBI_;
   static_assert(MINE % 16 == 0, "a warp has tokens for whole steps");
   typedef Vectors<DIM> V;
   static constexpr int STAGE_PIECES = 2 * TOKENS * V::PIECES;
@@ -32,9 +34,9 @@ template <class S>
 __device__ __forceinline__ void attend(const typename S::T* __restrict__ q, Tables tables,
                                        Cached<typename S::Stored> keys,
                                        Cached<typename S::Stored> values, int group, View view,
-                                       Score score, Results<typename S::T, S::DIM> results,
-                                       int tile_number, int kv_head, int parts,
-                                       unsigned char* shared) {
+                                       Score score, Slopes<S::ALIBI> slopes,
+                                       Results<typename S::T, S::DIM> results, int tile_number,
+                                       int kv_head, int parts, unsigned char* shared) {
   typedef typename S::T T;
   typedef typename S::V V;
   constexpr int NT = S::MINE / 8, DT = (S::DIM + 15) / 16 * 2;
@@ -88,6 +90,8 @@ __device__ __forceinline__ void attend(const typename S::T* __restrict__ q, Tabl
 
   float sums[DT][4] = {}, largest[2] = {NO_SCORE, NO_SCORE}, total[2] = {};
   const int positions[2] = {position(my_rows + g), position(my_rows + g + 8)};
+  const float my_slopes[2] = {slopes.of(step_row(my_rows + g) % results.heads),
+                              slopes.of(step_row(my_rows + g + 8) % results.heads)};
 #pragma unroll
   for (int i = 0; i < S::STAGES - 1; ++i) fetch(begin + i);
   for (int step = begin; step < end; ++step) {
@@ -129,9 +133,9 @@ __device__ __forceinline__ void attend(const typename S::T* __restrict__ q, Tabl
         float product = weights[j][e];
         if constexpr (is_scaled<typename S::Stored>) product *= own[t];
         product = score(product);
-        if (masked && (token >= limit ||
-                       !view.sees(positions[e / 2], token < edge ? token : token + gap)))
-          product = NO_SCORE;
+        const int at = token < edge ? token : token + gap;
+        product = slopes.nearer(product, my_slopes[e / 2], positions[e / 2] - at);
+        if (masked && (token >= limit || !view.sees(positions[e / 2], at))) product = NO_SCORE;
         weights[j][e] = product;
         most[e / 2] = fmaxf(most[e / 2], product);
       }

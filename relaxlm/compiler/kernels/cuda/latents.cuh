@@ -37,7 +37,7 @@ __device__ __forceinline__ void attend_latent_tokens(
   const Cached<Stored> latents = {pages, nullptr, 1, LATENT + ROPE};
   attend_plain<T, Stored, LATENT + ROPE, LATENT, SHARE>(
       query, {positions, row_offsets, page_offsets, page_ids, kv_lengths, nullptr, batch}, latents,
-      latents, {0, 0, false}, {factor, 0},
+      latents, {0, 0, false}, {factor, 0}, Slopes<false>{},
       results_of<T, LATENT>(out, partial, nullptr, false, n * heads, heads, part, parts), token, 0,
       share * SHARE, parts, reinterpret_cast<float*>(shared));
 }

@@ -48,6 +48,34 @@ struct Score {
   }
 };
 
+// ALiBi: what the scores of a query head lose for every token between key and query. Without, there
+// is nothing of it in the code.
+template <bool ANY>
+struct Slopes {
+  const float* slopes;  // [heads]
+
+  // Of a query head, as exponents of 2.
+  __device__ __forceinline__ float of(int head) const {
+    if constexpr (ANY)
+      return slopes[head] * LOG2E;
+    else
+      return 0;
+  }
+  // What lane `head` of a warp holds: fewer registers than a slope of each head.
+  __device__ __forceinline__ static float of_lane(float mine, int head) {
+    if constexpr (ANY)
+      return __shfl_sync(0xffffffff, mine, head);
+    else
+      return 0;
+  }
+  __device__ __forceinline__ static float nearer(float score, float slope, int distance) {
+    if constexpr (ANY)
+      return score - slope * float(distance);
+    else
+      return score;
+  }
+};
+
 // The rows first .. first + count of a sequence; sequence -1: there is no such tile.
 struct RowTile {
   int sequence, first, count;

@@ -13,12 +13,12 @@ namespace relaxlm {
 
 // query: (row of the step, element) -> float. Values are the first VALUES elements of `values`,
 // which may be the keys themselves. shared: [4 warps, SHARE, VALUES + 2] floats.
-template <typename T, typename Stored, int DIM, int VALUES, int SHARE, class Query>
+template <typename T, typename Stored, int DIM, int VALUES, int SHARE, class Query, bool ALIBI>
 __device__ __forceinline__ void attend_plain(const Query& query, Tables tables,
                                              Cached<Stored> keys, Cached<Stored> values, View view,
-                                             Score score, Results<T, VALUES> results, int token,
-                                             int kv_head, int first_head, int parts,
-                                             float* shared) {
+                                             Score score, Slopes<ALIBI> slopes,
+                                             Results<T, VALUES> results, int token, int kv_head,
+                                             int first_head, int parts, float* shared) {
   constexpr int WARPS = 4, KEYS = (DIM + 31) / 32, EACH = (VALUES + 31) / 32;
   const int lane = threadIdx.x, warp = threadIdx.y;
   int sequence = 0, behind = tables.batch;  // the last that starts at or before the token
@@ -32,6 +32,7 @@ __device__ __forceinline__ void attend_plain(const Query& query, Tables tables,
   const int each = (range.steps + parts - 1) / parts;
   const int begin = results.part * each, end = min(begin + each, range.steps);
   const int* pages = tables.page_ids + tables.page_offsets[sequence];
+  const float my_slope = slopes.of(first_head + min(lane, SHARE - 1));
 
   float q[SHARE][KEYS], sums[SHARE][EACH] = {}, largest[SHARE], total[SHARE] = {};
 #pragma unroll
@@ -45,9 +46,8 @@ __device__ __forceinline__ void attend_plain(const Query& query, Tables tables,
   }
   for (int at = begin * PAGE + warp; at < end * PAGE; at += WARPS) {
     const int j = range.token(at / PAGE) + at % PAGE;
-    if (j >= range.limit(at / PAGE) ||
-        !view.sees(position, j < view.before_gap() ? j : j + gap))
-      continue;
+    const int there = j < view.before_gap() ? j : j + gap;
+    if (j >= range.limit(at / PAGE) || !view.sees(position, there)) continue;
     const size_t line = keys.line(pages, kv_head, j);
     const float key_scale = is_scaled<Stored> ? keys.scales[line] : 1.f;
     const float value_scale = is_scaled<Stored> ? values.scales[line] : 1.f;
@@ -66,7 +66,9 @@ __device__ __forceinline__ void attend_plain(const Query& query, Tables tables,
       for (int i = 0; i < KEYS; ++i) product += q[h][i] * k[i];
       for (int distance = 1; distance < 32; distance *= 2)
         product += __shfl_xor_sync(0xffffffff, product, distance);
-      const float exponent = score(product), most = fmaxf(largest[h], exponent);
+      const float slope = slopes.of_lane(my_slope, h);
+      const float exponent = slopes.nearer(score(product), slope, position - there);
+      const float most = fmaxf(largest[h], exponent);
       const float kept = exp2f(largest[h] - most), weight = exp2f(exponent - most);
       largest[h] = most;
       total[h] = total[h] * kept + weight;
