@@ -37,6 +37,7 @@ TELLING = {
     "no caps": GEMMA["uncapped"],
     "no chunks": LLAMA4["maverick"],
     "positions behind the padding": ENCODERS["roberta"],
+    "no rotary embeddings": test_families_2b.BAICHUAN_13B,
 }
 CHAT = [{"role": "user", "content": "2+2?"}]
 
