@@ -118,8 +118,9 @@ class Closest:
 def closest_template(chat: ChatTemplate, tokenizer: Tokenizer, model_type: str) -> Closest:
     """The best of CONV_TEMPLATES for a chat template, with the vocabulary's ids.
 
-    The conversation with a system message counts most, if need be without its spaces. The
-    result's default system message is the one that the chat template writes by itself.
+    The conversation with a system message counts most, if need be without its spaces. If nothing
+    is alike, the family's only template is taken, or one that a token gives away. The result's
+    default system message is the one that the chat template writes by itself.
     """
     expected = [_rendered(chat, probe, tokenizer) for probe in PROBES]
     best: tuple[tuple[bool, bool, int, bool], NamedTemplate] | None = None
@@ -134,10 +135,17 @@ def closest_template(chat: ChatTemplate, tokenizer: Tokenizer, model_type: str) 
             best = score, entry
     if best is not None:
         return Closest(best[1].resolve(tokenizer), best[0][2])
+    names = OF_FAMILY.get(model_type, ())
+    if len(names) == 1 and _has_its_end(tokenizer, CONV_TEMPLATES[names[0]]):
+        return Closest(CONV_TEMPLATES[names[0]].resolve(tokenizer), 0)
     for token, name in _FAMILIES.items():
         if tokenizer.token_to_id(token) is not None:
             return Closest(CONV_TEMPLATES[name].resolve(tokenizer), 0)
     return Closest(CONV_TEMPLATES["LM"].resolve(tokenizer), 0)
+
+
+def _has_its_end(tokenizer: Tokenizer, entry: NamedTemplate) -> bool:
+    return any(tokenizer.token_to_id(token) is not None for token in entry.stop)
 
 
 def _squeezed(text: str | None) -> str | None:

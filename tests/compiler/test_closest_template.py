@@ -42,6 +42,10 @@ DEFAULT = (
             None,
         ),
         ("{{ raise_exception('tools only') }}", FALLBACK, "llama", "LM", 0, ""),
+        # The only one of its family, if the vocabulary has its tokens.
+        ("{{ raise_exception('tools only') }}", LEVEL, "smollm3", "smollm3", 0, None),
+        ("{{ raise_exception('tools only') }}", FALLBACK, "smollm3", "LM", 0, None),
+        ("{{ raise_exception('tools only') }}", LEVEL, "qwen3_5", "chatml", 0, None),
     ],
 )
 def test_the_named_template_for_a_chat_template(

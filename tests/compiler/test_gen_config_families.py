@@ -87,7 +87,8 @@ def test_every_architecture(model_type: str, tmp_path: Path) -> None:
     prompts = PromptBuilder(file, tokenizer)
     assert prompts.stop_token_ids == {2, *ends}
     assert prompts.text(CHAT) == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
-    assert "chatml" in notes[-1] or "qwen" in notes[-1]
+    assert conversation.roles["user"] == "<|im_start|>user"
+    assert f"conv_template, for other tools, is {conversation.name}" in notes[-1]
 
 
 @pytest.mark.parametrize("name", TELLING)
