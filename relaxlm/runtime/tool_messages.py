@@ -39,6 +39,7 @@ class ToolHabits:
         short_ids: ids have nine characters.
         descriptions: a function without a description makes it fail.
         result_role: what it calls the role "tool"; GLM 4's says "observation".
+        one_call: it writes but one call of a message, or fails on more.
         one_text: content and reasoning beside the same call make it fail (gpt-oss).
     """
 
@@ -51,11 +52,13 @@ class ToolHabits:
     short_ids: bool = False
     descriptions: bool = False
     result_role: str = "tool"
+    one_call: bool = False
     one_text: bool = False
 
 
 # A conversation to try a template on. The words are found again in what it writes.
 _KEY, _NAME, _RESULT, _ABOUT = "probekey", "probe_call", "probe result", "probe description"
+_SECOND = "probe_second"
 _QUESTION = {"role": "user", "content": "hello"}
 _OBSERVATION = "<|observation|>"
 
@@ -66,9 +69,11 @@ def _tool(**more: str) -> Mapping[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _conversation(habits: ToolHabits, call_id: str, **texts: str) -> list[Message]:
-    function = {"name": _NAME, "arguments": {_KEY: "value"}}
-    calls = [{"id": call_id, "type": "function", "function": function}]
+def _conversation(
+    habits: ToolHabits, call_id: str, names: Sequence[str] = (_NAME,), **texts: str
+) -> list[Message]:
+    functions = [{"name": name, "arguments": {_KEY: "value"}} for name in names]
+    calls = [{"id": call_id, "type": "function", "function": each} for each in functions]
     messages: list[Message] = [
         _QUESTION,
         {"role": "assistant", "content": None, **texts, "tool_calls": calls},
@@ -105,12 +110,14 @@ def habits(render: Render) -> ToolHabits:
         # Python's spelling of a dictionary, and of no content.
         if _NAME in text and _KEY in text and f"'{_KEY}'" not in text and "None" not in text:
             long_id = written(_conversation(found, "call_" + "a" * _SHORT_ID), tool)
+            two_calls = written(_conversation(found, "a" * _SHORT_ID, (_NAME, _SECOND)), tool)
             one = _conversation(found, "a" * _SHORT_ID, content="Wait.")
             both = _conversation(found, "a" * _SHORT_ID, content="Wait.", reasoning_content="hm")
             return replace(
                 found,
                 results=_RESULT in text,
                 short_ids=long_id is None,
+                one_call=_SECOND not in (two_calls or ""),
                 one_text=written(one, tool) is not None and written(both, tool) is None,
             )
     return ToolHabits(with_tools, results, False, descriptions=descriptions, result_role=role)
@@ -164,6 +171,8 @@ def _call(call: object, index: int, i: int) -> Mapping[str, Any]:
 
 def fitted(messages: Sequence[Message], habits: ToolHabits) -> list[Message]:
     """Checked messages as a template with these habits reads them."""
+    if habits.one_call:
+        messages = _one_call_each(messages)
     names: dict[str, str] = {}  # of functions, by the ids of their calls
     result: list[Message] = []
     for message in messages:
@@ -186,6 +195,31 @@ def fitted(messages: Sequence[Message], habits: ToolHabits) -> list[Message]:
             changed["role"] = habits.result_role
         result.append(changed)
     return result
+
+
+def _one_call_each(messages: Sequence[Message]) -> list[Message]:
+    """Messages with several calls as several messages, each with the call's result behind it."""
+    results = {message["tool_call_id"]: message for message in messages if _answers(message)}
+    moved: set[object] = set()
+    parted: list[Message] = []
+    for message in messages:
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2:
+            if not _answers(message) or message["tool_call_id"] not in moved:
+                parted.append(message)
+            continue
+        for i, call in enumerate(calls):
+            said = message if i == 0 else {"role": message["role"], "content": None}
+            parted.append({**said, "tool_calls": [call]})
+            call_id = call.get("id")
+            if call_id in results and call_id not in moved:
+                parted.append(results[call_id])
+                moved.add(call_id)
+    return parted
+
+
+def _answers(message: Message) -> bool:
+    return message.get("role") == "tool" and isinstance(message.get("tool_call_id"), str)
 
 
 def _join_texts(message: dict[str, Any], habits: ToolHabits) -> None:

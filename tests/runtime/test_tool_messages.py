@@ -53,7 +53,7 @@ ONE_TEXT = (
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        (ONE_TEXT, ToolHabits(False, True, True, empty_content=None, one_text=True)),
+        (ONE_TEXT, ToolHabits(False, True, True, empty_content=None, one_call=True, one_text=True)),
         (calls(OBJECT), ToolHabits(False, True, True, empty_content=None)),
         (
             calls("'' + c.function.arguments"),
@@ -137,6 +137,33 @@ def test_content_and_reasoning_beside_a_call_become_one_where_they_must() -> Non
         assert message["content"] == "Wait."
         (message,) = fitted([said], found)
         assert message == said
+
+
+def test_calls_of_a_message_are_parted_for_templates_that_write_one() -> None:
+    only_one = "{% if m.tool_calls | length > 1 %}{{ raise_exception('one!') }}{% endif %}"
+    refusing = habits_of(calls(OBJECT).replace("{% for c", only_one + "{% for c"))
+    assert refusing.one_call and not habits_of(calls(OBJECT)).one_call
+    two = [{"id": name, "function": {"name": name, "arguments": {}}} for name in "ab"]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "Wait.", "reasoning": "hm", "tool_calls": two},
+        {"role": "tool", "tool_call_id": "b", "content": "of b"},
+        {"role": "tool", "tool_call_id": "a", "content": "of a"},
+        {"role": "tool", "tool_call_id": "c", "content": "of none"},
+    ]
+    parted = [
+        (m["role"], m["content"], m.get("reasoning"), [c["id"] for c in m.get("tool_calls", [])])
+        for m in fitted(messages, refusing)
+    ]
+    assert parted == [
+        ("user", "u", None, []),
+        ("assistant", "Wait.", "hm", ["a"]),
+        ("tool", "of a", None, []),
+        ("assistant", None, None, ["b"]),
+        ("tool", "of b", None, []),
+        ("tool", "of none", None, []),
+    ]
+    assert len(fitted(messages, ToolHabits(True, True, True))) == len(messages)
 
 
 def test_content_beside_calls_stays() -> None:
