@@ -11,17 +11,19 @@ from relaxlm.compiler.kernels import (
     cpu_attention,
     cpu_encoder_attention,
     cpu_latent_attention,
-    cuda_append,
+    cpu_rope,
     cuda_attention,
     cuda_encoder_attention,
     cuda_latent_attention,
+    cuda_rope,
     webgpu_attention,
 )
-from relaxlm.compiler.kernels.attention import PageTensor
+from relaxlm.compiler.kernels.attention import PageTensor, page_tensors
 from relaxlm.compiler.passes.add_peaks import AddPeaks
 from relaxlm.compiler.passes.fuse_dequantize_matmul import FuseDequantizeMatmul
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
-from relaxlm.compiler.passes.fuse_rope_cpu import FuseRopeCPU
+from relaxlm.compiler.passes.fuse_elementwise_cuda import FuseElementwiseCUDA
+from relaxlm.compiler.passes.fuse_rope import FuseRope
 from relaxlm.compiler.passes.legalize_cpu import legalize_cpu
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_encoder_attention import LowerEncoderAttention
@@ -51,7 +53,7 @@ ATTENTION = {
         "cpu", cpu_attention.page_tensors, cpu_attention.append_kernel, cpu_attention.attend_kernel
     ),
     "cuda": AttentionKernels(
-        "cuda", cuda_append.page_tensors, cuda_append.append_kernel, cuda_attention.attend_kernel
+        "cuda", page_tensors, cuda_rope.append_kernel, cuda_attention.attend_kernel
     ),
     "webgpu": AttentionKernels(
         "webgpu",
@@ -123,13 +125,18 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         *(
             [
                 LowerMatmulCPU(lowering.act_quant, lowering.batch_invariant),
-                FuseRopeCPU(lowering.kv_format),
+                FuseRope(lowering.kv_format, cpu_rope.rope_append_kernel, dtype, True),
                 FuseElementwiseCPU(),
             ]
             if lowering.kind == "cpu"
             else [
                 *(
-                    [LowerMatmulCUDA(lowering.shared_memory), LowerRoutingCUDA()]
+                    [
+                        LowerMatmulCUDA(lowering.shared_memory),
+                        FuseRope(lowering.kv_format, cuda_rope.rope_append_kernel, dtype, False),
+                        FuseElementwiseCUDA(dtype),
+                        LowerRoutingCUDA(),
+                    ]
                     if lowering.kind == "cuda"
                     else []
                 ),

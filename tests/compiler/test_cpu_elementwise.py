@@ -8,12 +8,13 @@ import pytest
 import tvm
 
 from relaxlm.compiler.kernels.activations import ACTIVATIONS
-from relaxlm.compiler.kernels.cpu_elementwise import SERIAL, Input, RowKernel, gated, row_kernel
+from relaxlm.compiler.kernels.cpu_elementwise import SERIAL, RowKernel, gated, row_kernel
 from relaxlm.compiler.kernels.packed import pack_kernel
 from relaxlm.compiler.kernels.rounding import Rounding
 from relaxlm.compiler.kernels.row_expression import (
     Activation,
     Binary,
+    Input,
     Matrix,
     Norm,
     Normed,

@@ -7,7 +7,8 @@ import tvm
 
 from relaxlm.compiler.kernels import cpu_append
 from relaxlm.compiler.kernels.attention import AttentionShape
-from relaxlm.compiler.kernels.cpu_rope import RopeOptions, rope_append_kernel
+from relaxlm.compiler.kernels.cpu_rope import rope_append_kernel
+from relaxlm.compiler.kernels.rope import RopeOptions
 from relaxlm.quantization.kv_cache import get_kv_format
 from tests.compiler.test_cpu_attention import build
 from tests.compiler.test_cpu_elementwise import normed, random

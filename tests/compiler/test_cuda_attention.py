@@ -11,8 +11,8 @@ import tvm
 from tvm import relax, tirx
 
 from relaxlm.compiler.cuda import check_device_code, cuda_compilation
-from relaxlm.compiler.kernels import cuda_append, cuda_attention
-from relaxlm.compiler.kernels.attention import AttentionShape
+from relaxlm.compiler.kernels import cuda_attention, cuda_rope
+from relaxlm.compiler.kernels.attention import AttentionShape, page_tensors
 from relaxlm.compiler.link import export_library
 from relaxlm.compiler.target import resolve_device
 from relaxlm.errors import UnsupportedError
@@ -63,13 +63,11 @@ class Batch:
             np.full((len(order), *tensor.page_shape), 0x7F)
             if tensor.dtype == "uint8"
             else np.full((len(order), *tensor.page_shape), np.nan)
-            for tensor in cuda_append.page_tensors(shape, format)
+            for tensor in page_tensors(shape, format)
         ]
         self.tensors = [
             tensor.astype(as_dtype(kind.dtype))
-            for tensor, kind in zip(
-                self.tensors, cuda_append.page_tensors(shape, format), strict=True
-            )
+            for tensor, kind in zip(self.tensors, page_tensors(shape, format), strict=True)
         ]
         # From nothing at all to more than all tokens together.
         logits = rng.permutation(np.linspace(-9, 9, shape.q_heads)).astype("float32")
@@ -298,7 +296,7 @@ def test_append_stores_what_the_reference_stores(
     batch.k[0][3] = 0  # a vector of zeros has no scale of its own
     expected = batch.stored(dtype)
     k, v = (np.concatenate(x).astype(as_dtype(dtype)) for x in (batch.k, batch.v))
-    kernel = cuda.build(cuda_append.append_kernel(shape, KV_FORMATS[format], dtype))
+    kernel = cuda.build(cuda_rope.append_kernel(shape, KV_FORMATS[format], dtype))
     kernel(k, v, batch.slots, *batch.tensors)
     for ours, theirs in zip(batch.tensors, expected, strict=True):
         np.testing.assert_array_equal(
@@ -330,7 +328,7 @@ def test_kernels_from_relax_write_pages_in_place(cuda: CudaEmulation) -> None:
         "v_pages": page,
     }
     at = {name: relax.Var(name, type) for name, type in types.items()}
-    append = builder.add_func(cuda_append.append_kernel(shape, format, dtype), "append")
+    append = builder.add_func(cuda_rope.append_kernel(shape, format, dtype), "append")
     attend = builder.add_func(attend_kernel(shape, format, dtype), "attend")
     with builder.function("main", list(at.values())):
         with builder.dataflow():
@@ -385,7 +383,7 @@ def test_kernels_compile_to_machine_code_in_registers(tmp_path: Path) -> None:
         ("float32", "float32", True),
     ]:
         shape = AttentionShape(32, 8, 128, window=64, sinks=4, scale=0.1, alibi=alibi)
-        for kind in (attend_kernel,) if alibi else (cuda_append.append_kernel, attend_kernel):
+        for kind in (attend_kernel,) if alibi else (cuda_rope.append_kernel, attend_kernel):
             name = f"{kind.__name__}_{dtype}_{alibi}"
             functions[name] = kind(shape, KV_FORMATS[format], dtype).with_attr(
                 "global_symbol", name

@@ -1,4 +1,4 @@
-"""FuseRopeCPU and FuseElementwiseCPU: what becomes one kernel, and what does not.
+"""FuseRope and FuseElementwiseCPU: what becomes one kernel, and what does not.
 
 That a fused model computes the same is shown by tests/models; each kernel against NumPy by
 test_cpu_elementwise.py and test_cpu_rope.py.
@@ -11,8 +11,9 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op, spec
 from tvm_ffi import structural_equal
 
+from relaxlm.compiler.kernels.cpu_rope import rope_append_kernel
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
-from relaxlm.compiler.passes.fuse_rope_cpu import FuseRopeCPU
+from relaxlm.compiler.passes.fuse_rope import FuseRope
 from tests.compiler.test_passes import lowered, lowering, operators
 from tests.compiler.test_take_rows_early import KINDS
 from tests.expression import bindings
@@ -53,7 +54,8 @@ def test_a_layer_is_eight_kernels(raw: dict, scheme: str, kv_format: str) -> Non
     last = [*attention, "take_rows", "take_rows", output, norm, *MLP, "add_norm", "matmul"]
     assert kernels(module["forward"]) == [*expected[: -len(LAYER + MLP)], *last]
     assert operators(module) == {"relax.call_tir", "relax.call_tir_inplace", "relax.reshape"}
-    for fuse in (FuseRopeCPU(plan.kv_format), FuseElementwiseCPU()):
+    rope = FuseRope(plan.kv_format, rope_append_kernel, "float32", True)
+    for fuse in (rope, FuseElementwiseCPU()):
         assert structural_equal(fuse(module), module)
 
 

@@ -10,6 +10,7 @@ from tvm.script import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit, tensor
 from relaxlm.compiler.kernels.vector import LOG2E
+from relaxlm.quantization.kv_cache import KVFormat
 
 # Tokens per page: one AVX-512 register, or two to four smaller ones, hold a feature of a page.
 PAGE_SIZE = 16
@@ -62,6 +63,26 @@ class PageTensor:
     name: str
     page_shape: tuple[int, ...]
     dtype: str
+
+
+def page_tensors(
+    shape: AttentionShape, format: KVFormat, keys_transposed: bool = False
+) -> tuple[PageTensor, ...]:
+    """The tensors that one layer's cache is made of, each with a leading axis of pages.
+
+    A page holds `PAGE_SIZE` tokens of one layer, [heads, page, head_dim], or, of transposed keys,
+    [heads, head_dim, page]; the scales of an fp8 cache are [heads, page].
+    """
+    heads, dim, page = shape.kv_heads, shape.head_dim, shape.page_size
+    tensors = [
+        PageTensor(
+            "k", (heads, dim, page) if keys_transposed else (heads, page, dim), format.dtype
+        ),
+        PageTensor("v", (heads, page, dim), format.dtype),
+    ]
+    if format.scaled:
+        tensors += [PageTensor(name, (heads, page), "float32") for name in ("k_scale", "v_scale")]
+    return tuple(tensors)
 
 
 @functools.cache

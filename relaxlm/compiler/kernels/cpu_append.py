@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
+from relaxlm.compiler.kernels import attention
 from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor
 from relaxlm.compiler.kernels.builder import emit, flat, length, scratch, tensor
 from relaxlm.compiler.kernels.cpu_float8 import encode_e4m3
@@ -22,15 +23,7 @@ from relaxlm.quantization.kv_cache import E4M3_MAX, KVFormat
 
 def page_tensors(shape: AttentionShape, format: KVFormat) -> tuple[PageTensor, ...]:
     """The tensors that one layer's cache is made of, each with a leading axis of pages."""
-    heads, dim, page = shape.kv_heads, shape.head_dim, shape.page_size
-    tensors = [
-        PageTensor("k", (heads, dim, page), format.dtype),
-        PageTensor("v", (heads, page, dim), format.dtype),
-    ]
-    if format.scaled:
-        tensors.append(PageTensor("k_scale", (heads, page), "float32"))
-        tensors.append(PageTensor("v_scale", (heads, page), "float32"))
-    return tuple(tensors)
+    return attention.page_tensors(shape, format, keys_transposed=True)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from relaxlm.compiler.kernels.row_expression import (
     Activation,
     Binary,
     Expression,
+    Input,
     Matrix,
     Norm,
     Normed,
@@ -60,15 +61,6 @@ def for_each_row(n: Expr, elements: int, row: Callable[[Expr], None]) -> None:
             row(i)
         with T.Else(), T.parallel(n) as i:
             row(i)
-
-
-@dataclass(frozen=True)
-class Input:
-    """Of a row kernel: [n, width] float32, or, for a vector, [width] of `dtype`."""
-
-    width: int
-    dtype: str = "float32"
-    is_vector: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from dataclasses import dataclass
 from functools import partial
 
 from tvm import tirx
@@ -13,6 +12,7 @@ from relaxlm.compiler.kernels.attention import AttentionShape
 from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
 from relaxlm.compiler.kernels.cpu_append import PageWriter
 from relaxlm.compiler.kernels.cpu_elementwise import emit_statistics, normalize, span
+from relaxlm.compiler.kernels.rope import RopeOptions
 from relaxlm.compiler.kernels.row_expression import Expression, Norm, Vector
 from relaxlm.compiler.kernels.vector import (
     multiply_add,
@@ -26,31 +26,6 @@ from relaxlm.quantization.kv_cache import KVFormat
 
 # Elements that one thread works through faster than several, whose tokens share cache lines.
 SERIAL = 65536
-
-
-@dataclass(frozen=True)
-class RopeOptions:
-    """Where q, k and v are, and what happens to them on the way.
-
-    Attributes:
-        widths: of the products that they are part of: one, or up to three.
-        places: of q, k and v: the number of a product, and the first of its columns.
-        biases: dtype of a bias on each product; None for none.
-        norm: dtype of the weights of a norm on each query and key head; None for none.
-        eps: of that norm.
-        turned: how many features of each head turn, the first ones; 0 for no rotation.
-        in_pairs: feature 2 i is paired with 2 i + 1, else feature i with i + turned / 2.
-        scaled: whether queries are multiplied by a factor of their token.
-    """
-
-    widths: tuple[int, ...]
-    places: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-    biases: tuple[str | None, ...]
-    norm: str | None = None
-    eps: float = 0.0
-    turned: int = 0
-    in_pairs: bool = False
-    scaled: bool = False
 
 
 @functools.cache  # every layer asks

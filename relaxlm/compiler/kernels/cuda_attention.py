@@ -1,4 +1,4 @@
-"""Attention over pages on GPUs: arguments of `cpu_attention`, pages of `cuda_append`.
+"""Attention over pages on GPUs: arguments of `cpu_attention`, pages of `cuda_rope`.
 
 The code is in `kernels/cuda/`: `attention.cuh` for tensor cores, `plain_attention.cuh` for float32
 and heads that are no multiple of 8. A block takes all query heads that share keys and values, so
@@ -13,15 +13,15 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from relaxlm.compiler.kernels.attention import PAGE_SIZE, AttentionShape
+from relaxlm.compiler.kernels.attention import PAGE_SIZE, AttentionShape, page_tensors
 from relaxlm.compiler.kernels.builder import length, tensor
-from relaxlm.compiler.kernels.cuda_append import page_tensors
 from relaxlm.compiler.kernels.cuda_source import (
     C_TYPES,
     device_call,
     grid,
     launches,
     shared_bytes,
+    stored_type,
 )
 from relaxlm.errors import UnsupportedError
 from relaxlm.quantization.kv_cache import KVFormat
@@ -99,11 +99,6 @@ def tiles(shape: AttentionShape, format: KVFormat, shared_limit: int) -> tuple[T
             Tile(4, 1, 64, 2), Tile(4, 1, 32, 2)
         )
     return first(Tile(1, 2, 32, 2), Tile(1, 2, 32, 1)), first(Tile(4, 1, 32, 2), Tile(2, 1, 32, 1))
-
-
-def stored_type(format: KVFormat) -> str:
-    """What pages hold, in CUDA C++."""
-    return "relaxlm::Float8" if format.scaled else C_TYPES[format.dtype]
 
 
 def context_parts(blocks: Expr, table: Expr) -> Expr:

@@ -19,7 +19,6 @@ from relaxlm.compiler.kernels.cuda_attention import (
     MERGE_WARPS,
     PLAIN_WARPS,
     context_parts,
-    stored_type,
 )
 from relaxlm.compiler.kernels.cuda_matmul import CudaFormat, Way, choose, ways
 from relaxlm.compiler.kernels.cuda_source import (
@@ -28,6 +27,7 @@ from relaxlm.compiler.kernels.cuda_source import (
     grid,
     launches,
     shared_bytes,
+    stored_type,
 )
 from relaxlm.compiler.kernels.vector import LOG2E
 from relaxlm.quantization.kv_cache import KVFormat

@@ -18,6 +18,7 @@ from relaxlm.compiler.kernels.builder import length, tensor
 from relaxlm.compiler.kernels.cuda_source import (
     C_TYPES,
     WARP,
+    c_bool,
     device_call,
     grid,
     launches,
@@ -66,8 +67,7 @@ class CudaFormat:
         quant, dtype = self.quant, C_TYPES[self.dtype]
         if quant is None:
             return f"relaxlm::Format<{dtype}, {8 * _itemsize(self.dtype)}, 1, false>"
-        columns = "true" if self.columns else "false"
-        return f"relaxlm::Format<{dtype}, {quant.bits}, {quant.group}, {columns}>"
+        return f"relaxlm::Format<{dtype}, {quant.bits}, {quant.group}, {c_bool(self.columns)}>"
 
     @property
     def codes(self) -> int:
@@ -98,7 +98,7 @@ def skinny(format: CudaFormat, row_tiles: int, token_tiles: int, warps: int) -> 
     """For few rows of x, tensor cores."""
     rows, tokens = 16 * row_tiles, 8 * token_tiles
     code = (
-        f"relaxlm::Skinny<{format.name}, {_bool(format.aligned)}, {row_tiles}, {token_tiles}, "
+        f"relaxlm::Skinny<{format.name}, {c_bool(format.aligned)}, {row_tiles}, {token_tiles}, "
         f"{warps}>"
     )
     return Way(code, rows, tokens, warps, 4 * warps * tokens * (rows + 4))
@@ -114,7 +114,7 @@ def tiled(format: CudaFormat, row_warps: int, token_warps: int, token_tiles: int
     stages = 2 if warps > 4 else max(2, min(4, SMALL_TILE_BYTES // stage))
     out = warps * 16 * (16 * row_tiles + 4) * 4
     code = (
-        f"relaxlm::Tiled<{format.name}, {_bool(format.aligned)}, {row_warps}, {token_warps}, "
+        f"relaxlm::Tiled<{format.name}, {c_bool(format.aligned)}, {row_warps}, {token_warps}, "
         f"{row_tiles}, {token_tiles}, {stages}>"
     )
     shared = max(stages * stage, out) + tokens * 4
@@ -123,14 +123,14 @@ def tiled(format: CudaFormat, row_warps: int, token_warps: int, token_tiles: int
 
 def skinny_float(format: CudaFormat, tokens: int) -> Way:
     """For few rows of x, in float32."""
-    code = f"relaxlm::SkinnyFloat<{format.name}, {_bool(format.aligned)}, {tokens}>"
+    code = f"relaxlm::SkinnyFloat<{format.name}, {c_bool(format.aligned)}, {tokens}>"
     return Way(code, 8, tokens, 8, 0)
 
 
 def tiled_float(format: CudaFormat) -> Way:
     """For many rows of x, in float32."""
     columns = format.codes if format.codes >= 16 else 32
-    code = f"relaxlm::TiledFloat<{format.name}, {_bool(format.aligned)}>"
+    code = f"relaxlm::TiledFloat<{format.name}, {c_bool(format.aligned)}>"
     return Way(code, 64, 64, 8, 2 * columns * 68 * 4)
 
 
@@ -216,7 +216,7 @@ def matmul_kernel(
         out = tensor("out", (m, n), out_dtype)
 
         dtypes = f"{C_TYPES[out_dtype]}, {C_TYPES[bias or format.dtype]}"
-        flags = f"{_bool(bias is not None)}, {_bool(residual)}, {dtypes}"
+        flags = f"{c_bool(bias is not None)}, {c_bool(residual)}, {dtypes}"
         given = out.data if kept is None else kept
 
         def run(way: Way) -> None:
@@ -276,7 +276,3 @@ def matmul_kernel(
 
 def _itemsize(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
-
-
-def _bool(value: bool) -> str:
-    return "true" if value else "false"

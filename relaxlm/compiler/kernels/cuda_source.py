@@ -20,6 +20,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit
+from relaxlm.quantization.kv_cache import KVFormat
 
 FOLDER = Path(__file__).parent / "cuda"
 WARP = 32
@@ -28,6 +29,16 @@ OPAQUE = 8
 
 # Names of dtypes in CUDA C++.
 C_TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
+
+
+def c_bool(value: bool) -> str:
+    """A flag among template arguments."""
+    return "true" if value else "false"
+
+
+def stored_type(format: KVFormat) -> str:
+    """What pages of a cache hold."""
+    return "relaxlm::Float8" if format.scaled else C_TYPES[format.dtype]
 
 
 @functools.cache

@@ -71,6 +71,15 @@ class Normed:
 Expression: TypeAlias = Matrix | Vector | Number | Binary | Activation | Normed
 
 
+@dataclass(frozen=True)
+class Input:
+    """What a kernel reads: [n, width] of `dtype`, or, for a vector, [width]."""
+
+    width: int
+    dtype: str = "float32"
+    is_vector: bool = False
+
+
 def parts(expression: Expression) -> Iterator[Expression]:
     """An expression and all in it, operands before what is computed of them."""
     if isinstance(expression, Binary):

@@ -1,6 +1,6 @@
 """Paged attention for WebGPU: append to pages, find what each query sees, attend.
 
-Pages are those of `cuda_append`, without fp8, whose bytes WGSL cannot address. Two things are
+Pages are those of `cuda_attention`, without fp8, whose bytes WGSL cannot address. Two things are
 different from CUDA:
 
 - A kernel may read eight buffers at most on some devices, so `view_kernel` works out once per step
@@ -21,9 +21,9 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
+from relaxlm.compiler.kernels import attention
 from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor
 from relaxlm.compiler.kernels.builder import emit, tensor
-from relaxlm.compiler.kernels.cuda_append import page_tensors as cuda_page_tensors
 from relaxlm.compiler.kernels.vector import LOG2E
 from relaxlm.errors import UnsupportedError
 from relaxlm.quantization.kv_cache import KVFormat
@@ -58,7 +58,7 @@ def page_tensors(shape: AttentionShape, format: KVFormat) -> tuple[PageTensor, .
             f"head_dim = {shape.head_dim} is not supported on webgpu: its attention kernels go up "
             f"to {MAX_QUERY}"
         )
-    return cuda_page_tensors(shape, format)
+    return attention.page_tensors(shape, format)
 
 
 def length(name: str) -> tirx.Var:

@@ -23,9 +23,10 @@ def calls(expr: Any, kernel: str, operator: str = "call_tir") -> bool:
     return is_op(expr, operator) and bool(re.fullmatch(kernel + r"\d*", expr.args[0].name_hint))
 
 
-def is_float32(expr: relax.Expr, ndim: int) -> bool:
+def is_tensor(expr: relax.Expr, dtype: str, ndim: int) -> bool:
+    """Whether this is a tensor of a dtype, with so many axes."""
     ty = expr.ty
-    return isinstance(ty, relax.TensorType) and str(ty.dtype) == "float32" and len(ty.shape) == ndim
+    return isinstance(ty, relax.TensorType) and str(ty.dtype) == dtype and len(ty.shape) == ndim
 
 
 def row_size(expr: relax.Expr) -> int | None:

@@ -3,18 +3,18 @@
 import tvm
 from tvm import relax, tirx
 
-from relaxlm.compiler.kernels.cpu_elementwise import Input
 from relaxlm.compiler.kernels.row_expression import (
     Activation,
     Binary,
     Expression,
+    Input,
     Matrix,
     Norm,
     Normed,
     Number,
     Vector,
 )
-from relaxlm.compiler.passes.graph import Graph, calls, is_float32, is_op, row_size
+from relaxlm.compiler.passes.graph import Graph, calls, is_op, is_tensor, row_size
 from relaxlm.models.layers import LAYER_NORM
 
 _BINARY = ("add", "subtract", "multiply", "divide")
@@ -40,13 +40,13 @@ def _number(expr: relax.Expr) -> float | None:
 
 
 class RowMatcher:
-    """Finds expressions in a function."""
+    """Finds expressions in a function, of rows of one dtype."""
 
-    def __init__(self, graph: Graph, mod: tvm.IRModule) -> None:
-        self.graph, self.mod = graph, mod
+    def __init__(self, graph: Graph, mod: tvm.IRModule, dtype: str) -> None:
+        self.graph, self.mod, self.dtype = graph, mod, dtype
 
     def is_elementwise(self, value: object) -> bool:
-        """Whether every element of a float32 [n, size] comes of the same element of others."""
+        """Whether every element of [n, size] comes of the same element of others."""
         if not isinstance(value, relax.Call) or not self._has_rows(value):
             return False
         if value.op.name in _ACTIVATIONS:
@@ -57,7 +57,7 @@ class RowMatcher:
         return "matrix" in kinds and None not in kinds
 
     def is_norm(self, value: object) -> bool:
-        """Whether this is a norm over whole rows of a float32 [n, size]."""
+        """Whether this is a norm over whole rows of [n, size]."""
         if not isinstance(value, relax.Call) or not self._has_rows(value):
             return False
         if is_op(value, "nn.rms_norm"):
@@ -78,7 +78,7 @@ class RowMatcher:
     def _has_rows(self, value: relax.Call) -> bool:
         # One row of a parameter, [1, size], is none of a step's rows.
         return (
-            is_float32(value, 2)
+            is_tensor(value, self.dtype, 2)
             and row_size(value) is not None
             and not isinstance(value.ty.shape[0], tirx.IntImm)
         )
@@ -86,7 +86,7 @@ class RowMatcher:
     def _kind(self, value: relax.Call, operand: relax.Expr) -> str | None:
         if _number(operand) is not None:
             return "number"
-        if not isinstance(operand, relax.Var) or str(operand.ty.dtype) != "float32":
+        if not isinstance(operand, relax.Var) or str(operand.ty.dtype) != self.dtype:
             return None
         if _shape(operand) == _shape(value):
             return "matrix"
@@ -133,7 +133,7 @@ class Rows:
             whole = first == 0 and isinstance(value, relax.Call) and row_size(base) == self.size
             if whole and self.matcher.is_norm(value):
                 return self.of(value)
-        return Matrix(self._input(base, Input(row_size(base) or 0)), first)
+        return Matrix(self._input(base, Input(row_size(base) or 0, self.matcher.dtype)), first)
 
     def norm(self, value: relax.Call) -> Norm:
         """What a norm does."""

@@ -1,37 +1,51 @@
-"""From the products that are q, k and v to rotated queries and pages on CPUs, in one kernel.
+"""From the products that are q, k and v to rotated queries and pages, in one kernel.
 
     q, k, v = split(reshape(add(x, astype(bias))))
     q, k = rotate(rms_norm(q, ..)), rotate(rms_norm(k, ..))
     pages = append_to_pages(k, v, slots, pages)        ->   q, pages = rope_append(x, .., pages)
 
 q, k and v may be products of their own. The biases may be missing, the norms and the rotation, too,
-and queries may be scaled by a factor of each token. Runs after LowerPagedAttention, which emits the
-append, and before FuseElementwiseCPU.
+and queries may be scaled by a factor of each token. On GPUs products come with their biases. Runs
+after LowerPagedAttention, which emits the append, and what lowers products, and before the pass
+that fuses rows, which would take the norms.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from relaxlm.compiler.kernels.attention import AttentionShape
-from relaxlm.compiler.kernels.cpu_rope import RopeOptions, rope_append_kernel
-from relaxlm.compiler.passes.graph import Graph, calls, is_float32, is_op, row_size
+from relaxlm.compiler.kernels.rope import RopeOptions
+from relaxlm.compiler.passes.graph import Graph, calls, is_op, is_tensor, row_size
 from relaxlm.compiler.passes.rewrite import rewrite_functions
 from relaxlm.quantization.kv_cache import KVFormat
 
 _ROTATIONS = ("rotate", "rotate_part", "rotate_pairs")
 
 
-@tvm.transform.module_pass(opt_level=0, name="FuseRopeCPU")
-class FuseRopeCPU:
-    def __init__(self, format: KVFormat) -> None:
-        self.format = format
+# (shape of attention, format of the cache, what to do) -> the kernel; see `cpu_rope`.
+Kernel = Callable[[AttentionShape, KVFormat, RopeOptions], tirx.PrimFunc]
+
+
+@tvm.transform.module_pass(opt_level=0, name="FuseRope")
+class FuseRope:
+    """The pass.
+
+    Args:
+        dtype: that the model computes in.
+        adds_biases: whether the kernel can.
+    """
+
+    def __init__(self, format: KVFormat, kernel: Kernel, dtype: str, adds_biases: bool) -> None:
+        self.format, self.kernel = format, kernel
+        self.dtype, self.adds_biases = dtype, adds_biases
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        rewriter = _Rewriter(mod, self.format)
+        rewriter = _Rewriter(mod, self)
         return rewrite_functions(mod, rewriter, rewriter.rewrite)
 
 
@@ -57,9 +71,9 @@ class _Part:
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, format: KVFormat) -> None:
+    def __init__(self, mod: tvm.IRModule, plan: FuseRope) -> None:
         super().__init__(mod)
-        self.format = format
+        self.plan = plan
 
     def rewrite(self, function: relax.Function) -> relax.Expr:
         # Patterns are matched on the function as it was.
@@ -103,14 +117,14 @@ class _Rewriter(PyExprMutator):
             part.norm, expr = value, value.args[0]
         part.product, part.first = graph.columns(expr)
         add = graph.value(part.product)
-        if is_op(add, "add") and len(add.args[1].ty.shape) == 1 and is_float32(add.args[0], 2):
+        if is_op(add, "add") and len(add.args[1].ty.shape) == 1 and self.is_row(add.args[0]):
             part.product, part.bias = add.args[0], graph.stored(add.args[1])
         return part
 
     def fused(self, call: relax.Call) -> relax.Expr | None:
         k, v, slots, *pages = call.args[1].fields
         q = self.queries[call]
-        if not is_float32(k, 3) or not self.graph.used_once(q):
+        if not is_tensor(k, self.plan.dtype, 3) or not self.graph.used_once(q):
             return None
         parts = [self.part(expr) for expr in (q, k, v)]
         options = self.options(parts)
@@ -118,7 +132,7 @@ class _Rewriter(PyExprMutator):
             return None
         heads, kv_heads, dim = (int(e) for e in (q.ty.shape[1], k.ty.shape[1], k.ty.shape[2]))
         shape = AttentionShape(heads, kv_heads, dim, 0, 0, 0.0)
-        kernel = rope_append_kernel(shape, self.format, options)
+        kernel = self.plan.kernel(shape, self.plan.format, options)
         function = self.builder_.add_func(kernel, "rope_append")
         products = _distinct(part.product for part in parts)
         bias_of = {part.product: part.bias for part in parts}
@@ -155,10 +169,12 @@ class _Rewriter(PyExprMutator):
                 return None
         products = _distinct(part.product for part in parts)
         widths = [row_size(product) for product in products]
-        if None in widths or not all(str(p.ty.dtype) == "float32" for p in products):
+        if None in widths or not all(str(p.ty.dtype) == self.plan.dtype for p in products):
             return None
         biases = {part.product: part.bias for part in parts}
         added = [biases[product] for product in products]
+        if any(bias is not None for bias in added) and not self.plan.adds_biases:
+            return None
         dtypes = tuple(None if bias is None else str(bias.ty.dtype) for bias in added)
         q_at, k_at, v_at = ((products.index(part.product), part.first) for part in parts)
         norm, eps = (None, 0.0) if q.norm is None else (rules[0][1], rules[0][0])
@@ -171,7 +187,11 @@ class _Rewriter(PyExprMutator):
             turned=0 if q.rotation is None else 2 * int(q.rotation[1].ty.shape[1]),
             in_pairs=q.rotation is not None and q.rotation[0] == "rotate_pairs",
             scaled=q.factor is not None,
+            dtype=self.plan.dtype,
         )
+
+    def is_row(self, expr: relax.Expr) -> bool:
+        return is_tensor(expr, self.plan.dtype, 2)
 
     def flat(self, product: relax.Expr) -> relax.Expr:
         """A product as [n, width]."""
