@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from relaxlm.runtime.metadata import Limits
+from relaxlm.runtime.step_logits import StepLogits
 from relaxlm.runtime.step_tables import BatchTables
 from tests.tiny_model import TOKENS, VOCAB
 
@@ -55,9 +56,8 @@ class RememberingExecutor:
         seen = tables.positions[row] + 1 - tables.dropped[i]
         return self.pages[held].reshape(-1)[:seen].tolist()
 
-    def peaks(self) -> None:
-        """There is no library that would compute them."""
-        return None
+    def compute(self, tables: BatchTables, ids: np.ndarray, rows: np.ndarray) -> StepLogits:
+        return StepLogits(self.forward(tables, ids, rows))
 
 
 class WindowedExecutor(RememberingExecutor):

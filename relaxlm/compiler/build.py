@@ -55,6 +55,7 @@ from relaxlm.runtime.metadata import (
     TargetInfo,
     TensorInfo,
 )
+from relaxlm.runtime.peaks import BLOCK
 from relaxlm.runtime.threads import usable_cores
 from relaxlm.versions import PINNED, RELAXLM_VERSION
 
@@ -235,7 +236,7 @@ def _lower(
         refuse_for_webgpu(config, scheme)
         # Here already: an exception loses its type on its way through TVM.
         lowering.page_tensors()
-    bounds = _bounds(options)
+    bounds = _bounds(options, config)
     instruments = []
     if debug_dump is not None:
         debug_dump.mkdir(parents=True, exist_ok=True)
@@ -286,7 +287,7 @@ class _Stages:
             self.seconds[self.current[0]] = time.perf_counter() - self.current[1]
 
 
-def _bounds(options: CompileOptions) -> dict[str, int]:
+def _bounds(options: CompileOptions, config: DecoderConfig) -> dict[str, int]:
     """The largest value of each symbolic length of a step (docs/architecture.md)."""
     return {
         "n": options.prefill_chunk_size,
@@ -295,6 +296,7 @@ def _bounds(options: CompileOptions) -> dict[str, int]:
         "b": options.max_batch_size,
         "offsets": options.max_batch_size + 1,
         "p": options.max_batch_size * -(-options.context_window_size // PAGE_SIZE),
+        "places": options.max_batch_size * -(-config.vocab_size // BLOCK),
     }
 
 

@@ -157,13 +157,13 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         ),
         relax.transform.DeadCodeElimination(),
         # Loop nests -> parallel loops, or grids of threads.
+        *([SplitFewRows("forward")] if lowering.kind == "webgpu" and has_head else []),
+        schedule_cpu() if lowering.kind == "cpu" else _gpu_schedules(),
         *(
-            [schedule_cpu(), *([AddPeaks(lowering.config.vocab_size)] if has_head else [])]
-            if lowering.kind == "cpu"
+            [AddPeaks(lowering.config.vocab_size, lowering.kind)]
+            if lowering.kind != "webgpu" and has_head
             else []
         ),
-        *([SplitFewRows("forward")] if lowering.kind == "webgpu" and has_head else []),
-        *([] if lowering.kind == "cpu" else [_gpu_schedules()]),
         # WGSL has no 64-bit integers.
         *([tirx.transform.ForceNarrowIndexToInt32()] if lowering.kind == "webgpu" else []),
     ]

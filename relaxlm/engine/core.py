@@ -18,6 +18,7 @@ from relaxlm.errors import LibraryError, RelaxLMError
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.sampling import Sampled, logprobs_of, sample
 from relaxlm.runtime.sequence_table import PagedSequences
+from relaxlm.runtime.step_logits import StepLogits
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class EngineCore:
             ids, rows = _inputs(parts)
             started = time.perf_counter()
             self.executor.copy_pages(*self.sequences.take_copies())
-            logits = self.executor.forward(tables, ids, rows)
+            logits = self.executor.compute(tables, ids, rows)
             counts.forward_seconds += time.perf_counter() - started
         except Exception as error:  # nobody's request may end the engine
             for job in {part.branch.job.id: part.branch.job for part in parts}.values():
@@ -153,7 +154,7 @@ class EngineCore:
             self._accept(branch, tokens)
 
     def _choose(
-        self, parts: list[Part], logits: np.ndarray
+        self, parts: list[Part], logits: StepLogits
     ) -> list[tuple[Branch, list[Sampled | LibraryError]]]:
         """The next tokens of every reply whose prompt is computed, from the rows of its part."""
         ready: list[tuple[Branch, tuple[int, ...]]] = []
@@ -165,7 +166,7 @@ class EngineCore:
             if not job.forked:
                 self.counts.prompt_tokens += part.count
                 if job.request.prompt_logprobs:
-                    _add_prompt_logprobs(branch, part, logits[row : row + part.rows])
+                    _add_prompt_logprobs(branch, part, logits.all()[row : row + part.rows])
             if not draft:
                 self.scheduler.computed(branch, part.count)
             row += part.rows
@@ -176,19 +177,14 @@ class EngineCore:
                         picked.append(row - 1 - len(draft))
         if not ready:
             return []
-        whole = picked == list(range(len(logits)))
         states = [branch.state for branch, _ in ready]
         chosen: list[tuple[Branch, list[Sampled | LibraryError]]] = []
-        peaks = self.executor.peaks()
-        results = sample(
-            logits if whole else logits[picked],
-            states,
-            peaks if whole or peaks is None else peaks[picked],
-        )
+        seen, peaks = logits.seen_by(picked, states)
+        results = sample(seen, states, peaks)
         for (branch, draft), first, result in zip(ready, picked, results, strict=True):
             tokens = [result]
             if draft:
-                tokens += self._verify(branch, draft, result, logits[first:])
+                tokens += self._verify(branch, draft, result, logits, first)
             chosen.append((branch, tokens))
         return chosen
 
@@ -197,9 +193,10 @@ class EngineCore:
         branch: Branch,
         draft: Sequence[int],
         first: Sampled | LibraryError,
-        logits: np.ndarray,
+        logits: StepLogits,
+        picked: int,
     ) -> list[Sampled | LibraryError]:
-        """Further tokens, chosen from the rows behind a draft as far as it was right.
+        """Further tokens, chosen from the rows behind row `picked` as far as the draft was right.
 
         Each row is sampled as if the step had been its own, so tokens are those of no draft.
         """
@@ -209,7 +206,8 @@ class EngineCore:
             if isinstance(last, LibraryError) or last.token != guess or self._is_end(branch, last):
                 break
             accepted += 1
-            [last] = sample(logits[row : row + 1], [branch.state])
+            seen, peaks = logits.seen_by([picked + row], [branch.state])
+            [last] = sample(seen, [branch.state], peaks)
             further.append(last)
         # The draft is in the pages as far as it was right.
         self.sequences.truncate(branch.sequence, branch.computed + 1 + accepted)

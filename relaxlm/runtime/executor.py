@@ -11,6 +11,7 @@ from relaxlm.errors import ContextOverflowError, RequestError
 from relaxlm.runtime import tvm_runtime
 from relaxlm.runtime.library import Library, needs_gpu
 from relaxlm.runtime.params import WeightFolder
+from relaxlm.runtime.step_logits import DeviceLogits, StepLogits
 from relaxlm.runtime.step_tables import BatchTables, TextTables
 from relaxlm.runtime.threads import set_threads
 
@@ -76,10 +77,10 @@ class Executor:
         self._hidden, self._embeddings = machine["hidden_states"], machine["embeddings"]
         if self.metadata.model_task == "chat":
             self._forward = machine["forward"]
-            self._peaks: Any = None if self.on_gpu else machine["peaks"]
+            self._peaks = machine["peaks"]
+            self._gather: Any = machine["gather_logits"] if self.on_gpu else None
         if not self.metadata.is_encoder:
             self._copy = machine["copy_pages"]
-        self._logits: Any = None
         # What `download` finds out about every tensor is known of these.
         self._read = tvm_runtime.download if self.on_gpu else np.from_dlpack
         self.limits, self.vocab_size = self.metadata.limits, self.metadata.vocab_size
@@ -117,6 +118,12 @@ class Executor:
     def forward(
         self, tables: BatchTables, input_ids: np.ndarray, logit_positions: np.ndarray
     ) -> np.ndarray:
+        """Run one step for all logits of the rows wanted, [m, vocab] float32: see `compute`."""
+        return self.compute(tables, input_ids, logit_positions).all()
+
+    def compute(
+        self, tables: BatchTables, input_ids: np.ndarray, logit_positions: np.ndarray
+    ) -> StepLogits:
         """Run one step.
 
         Args:
@@ -125,7 +132,7 @@ class Executor:
             logit_positions: [m] int32, the rows of the step whose logits are wanted.
 
         Returns:
-            [m, vocab] float32.
+            The logits [m, vocab], good until the next step.
 
         Raises:
             RequestError: a token id outside the vocabulary.
@@ -137,15 +144,18 @@ class Executor:
         first, last = _bounds(logit_positions)
         assert 0 <= first and last < len(input_ids)
         inputs = self._inputs((input_ids, *tables[: self._tables], logit_positions))
-        self._logits = self._forward(*inputs, *self._cache, self._params)
-        return self._read(self._logits)
+        logits = self._forward(*inputs, *self._cache, self._params)
 
-    def peaks(self) -> np.ndarray | None:
-        """The largest of every few logits of the last step, [m, blocks] float32 (`peaks.py`).
+        def peaks() -> np.ndarray:
+            return self._read(self._peaks(logits))
 
-        None where logits are not chosen from on the device that computes them.
-        """
-        return None if self.on_gpu else self._read(self._peaks(self._logits))
+        if not self.on_gpu:
+            return StepLogits(self._read(logits), peaks)
+
+        def gather(places: np.ndarray) -> np.ndarray:
+            return self._read(self._gather(logits, *self._inputs([places])))
+
+        return DeviceLogits(self.vocab_size, lambda: self._read(logits), peaks, gather)
 
     def embeddings(
         self, tables: BatchTables | TextTables, input_ids: np.ndarray, rows: np.ndarray

@@ -14,6 +14,7 @@ from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.sampling import Sampled, sample
 from relaxlm.runtime.sequence_table import PagedSequences
+from relaxlm.runtime.step_logits import StepLogits
 from relaxlm.runtime.stop import StopStrings
 from relaxlm.runtime.tokenizer import StreamDecoder, Tokenizer
 
@@ -112,7 +113,7 @@ class Generator:
         ids: Sequence[int],
         cancelled: Callable[[], bool] = lambda: False,
         keep: int = 0,
-    ) -> np.ndarray | None:
+    ) -> StepLogits | None:
         """Append tokens, at least one, to a sequence in chunks.
 
         Args:
@@ -120,7 +121,7 @@ class Generator:
             keep: so many of the tokens, less than all, end a state to go back to, if there is one.
 
         Returns:
-            The last token's logits, [1, vocab] float32; None if cancelled before.
+            The last token's logits, [1, vocab]; None if cancelled before.
 
         Raises:
             ContextOverflowError: no room for them; what was there before is kept.
@@ -197,12 +198,11 @@ class Generator:
             for _ in replies[1:]:
                 forks.append(self.sequences.fork(seq))
             running = list(zip([seq, *forks], replies, strict=True))
-            logits, peaks = np.repeat(logits, len(replies), axis=0), self.executor.peaks()
-            if peaks is not None:
-                peaks = np.repeat(peaks, len(replies), axis=0)
+            picked = [0] * len(replies)  # they all begin with the prompt's row
             while True:
                 states = [reply.state for _, reply in running]
-                chosen = _all_sampled(sample(logits, states, peaks))
+                rows, peaks = logits.seen_by(picked, states)
+                chosen = _all_sampled(sample(rows, states, peaks))
                 timings.decode_tokens += len(running)
                 for (_, reply), sampled in zip(running, chosen, strict=True):
                     on_text(reply, reply.push(sampled))
@@ -218,14 +218,14 @@ class Generator:
                     np.array([reply.tokens[-1] for _, reply in running], np.int32),
                     np.arange(len(running), dtype=np.int32),
                 )
-                peaks = self.executor.peaks()
+                picked = list(range(len(running)))
         finally:
             for fork in forks:
                 self.sequences.free(fork)
         timings.decode_seconds = time.perf_counter() - start
         return replies, timings
 
-    def step(self, steps: list[tuple[int, int]], ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def step(self, steps: list[tuple[int, int]], ids: np.ndarray, rows: np.ndarray) -> StepLogits:
         """Append tokens to sequences and run them through the model.
 
         Args:
@@ -234,11 +234,11 @@ class Generator:
             rows: [m] int32, places in `ids` whose logits are wanted.
 
         Returns:
-            [m, vocab] float32.
+            The logits [m, vocab], good until the next step.
         """
         tables = self.sequences.batch(steps)
         self.executor.copy_pages(*self.sequences.take_copies())
-        return self.executor.forward(tables, ids, rows)
+        return self.executor.compute(tables, ids, rows)
 
     def _reply(
         self,

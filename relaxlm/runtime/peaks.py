@@ -38,12 +38,27 @@ def largest_ids(row: np.ndarray, peaks: np.ndarray, count: int) -> np.ndarray | 
 
     None where so many blocks would have to be looked into that all may be.
     """
+    bound = _bound_of_largest(peaks, count)
+    return None if bound is None else ids_from(row, peaks, bound)
+
+
+def blocks_of_largest(peaks: np.ndarray, count: int) -> np.ndarray | None:
+    """The blocks that `largest_ids` looks into; None: perhaps all."""
+    bound = _bound_of_largest(peaks, count)
+    return None if bound is None else np.flatnonzero(peaks >= bound)
+
+
+def _bound_of_largest(peaks: np.ndarray, count: int) -> np.float32 | None:
+    """What at least `count` logits of a row reach; None where that does not help."""
     if 8 * count > len(peaks):
         return None
     place = len(peaks) - count
     bound = np.partition(peaks, place)[place]
-    if bound == -np.inf:
-        return None
+    return None if bound == -np.inf else bound
+
+
+def ids_from(row: np.ndarray, peaks: np.ndarray, bound: np.floating) -> np.ndarray:
+    """Ids, ascending, of the logits that reach a bound; only their blocks are looked into."""
     whole = len(row) // BLOCK
     blocks = np.flatnonzero(peaks[:whole] >= bound)
     # Places within the chosen blocks, then in the row.

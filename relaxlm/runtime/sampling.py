@@ -34,9 +34,16 @@ import numpy as np
 
 from relaxlm.errors import LibraryError
 from relaxlm.runtime.generation import SamplingState
-from relaxlm.runtime.peaks import largest
+from relaxlm.runtime.peaks import BLOCK, blocks_of_largest, largest
 from relaxlm.runtime.peaks import of_row as peaks_of_row
-from relaxlm.runtime.sampling_choice import Logits, buffer, choose, most_probable, weigh
+from relaxlm.runtime.sampling_choice import (
+    Logits,
+    bound_near,
+    buffer,
+    choose,
+    most_probable,
+    weigh,
+)
 
 # For each byte of a mask, the upper limits of the logits of its 8 tokens.
 _LIMITS = np.where(
@@ -119,6 +126,35 @@ def _sample_row(
         sampled = Sampled(token, *logprobs_of(row, token, config.top_logprobs))
     state.accept(token)
     return sampled
+
+
+def blocks_read(peaks: np.ndarray, state: SamplingState) -> np.ndarray | None:
+    """The blocks of a row of logits that `sample` looks into, given the peaks; None: all.
+
+    All, that is with a mask, a bias, penalties or log probabilities, and where tokens are drawn by
+    sums over all of them: without top_k, and with top_p or without min_p.
+
+    Args:
+        peaks: [blocks] float32 of the row.
+    """
+    config, size = state.config, state.vocab_size
+    if state.mask is not None or state.adjusts or config.logprobs:
+        return None
+    whole, rest = divmod(size, BLOCK)
+    peaks = peaks[: whole + (rest > 0)].copy()
+    # In a block that is partly padding, the peak may be the padding's: it is looked into.
+    peaks[whole:] = -np.inf
+    always = [int(peaks.argmax()), *([whole] if rest else [])]
+    blocks: np.ndarray | None = np.empty(0, np.int64)
+    if config.temperature > 0:
+        if 0 < config.top_k < size:
+            blocks = blocks_of_largest(peaks, config.top_k)
+        elif config.top_p >= 1 and config.min_p > 0:
+            bound = bound_near(float(peaks.max()), config.min_p, config.temperature)
+            blocks = np.flatnonzero(peaks >= bound)
+        else:
+            blocks = None
+    return None if blocks is None else np.union1d(blocks, always)
 
 
 def _check_mask(mask: np.ndarray, size: int) -> None:

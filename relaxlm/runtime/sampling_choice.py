@@ -25,7 +25,8 @@ from itertools import accumulate
 import numpy as np
 
 from relaxlm.runtime.generation import GenerationConfig
-from relaxlm.runtime.peaks import largest_ids
+from relaxlm.runtime.peaks import ids_from, largest_ids
+from relaxlm.runtime.peaks import largest as largest_by_peaks
 
 # Relative error of sums of float32 weights.
 ROUGH = 6e-6
@@ -96,6 +97,8 @@ class Logits:
 
     def largest(self) -> int:
         """The lowest id of the largest logit."""
+        if self._ids is None and self.peaks is not None:
+            return largest_by_peaks(self.rounded, self.peaks)
         best = int(self.rounded.argmax())
         if self._ids is None:
             return best
@@ -318,10 +321,18 @@ def _near_the_largest(
     And perhaps of some that rounding errors let pass.
     """
     largest = float(logits.of(np.array([logits.largest()]))[0])
-    distance = temperature * (-math.log(min_p) + 1e-15)  # exp of less is 1
-    bound = np.float32(largest - distance - 1e-6 * (abs(largest) + distance))
-    ids = np.flatnonzero(logits.rounded >= bound)
+    bound = bound_near(largest, min_p, temperature)
+    if logits.peaks is not None:
+        ids = ids_from(logits.rounded, logits.peaks, bound)
+    else:
+        ids = np.flatnonzero(logits.rounded >= bound)
     return ids, logits.of(ids)
+
+
+def bound_near(largest: float, min_p: float, temperature: float) -> np.float32:
+    """What tokens of at least `min_p` times the largest weight reach, rounding errors included."""
+    distance = temperature * (-math.log(min_p) + 1e-15)  # exp of less is 1
+    return np.float32(largest - distance - 1e-6 * (abs(largest) + distance))
 
 
 def _draw(weights: np.ndarray, uniform: float) -> int:

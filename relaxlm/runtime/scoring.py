@@ -29,7 +29,8 @@ def token_logits(generator: Generator, ids: Sequence[int]) -> Iterator[np.ndarra
     try:
         for start in range(0, len(ids), rows):
             piece = np.asarray(ids[start : start + rows], np.int32)
-            yield generator.step([(seq, len(piece))], piece, np.arange(len(piece), dtype=np.int32))
+            places = np.arange(len(piece), dtype=np.int32)
+            yield generator.step([(seq, len(piece))], piece, places).all()
     finally:
         generator.sequences.free(seq)
 

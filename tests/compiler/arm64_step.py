@@ -26,8 +26,9 @@ def logits(library: Path, folder: Path) -> np.ndarray:
     for count in CHUNKS:
         tables = sequences.batch([(seq, count)])
         last = np.array([count - 1], np.int32)
-        rows.append(executor.forward(tables, IDS[done : done + count], last).copy())
-        peaks = executor.peaks()
+        step = executor.compute(tables, IDS[done : done + count], last)
+        rows.append(step.all().copy())
+        peaks = step.peaks()
         assert peaks is not None and peaks.max() == rows[-1].max()
         done += count
     return np.concatenate(rows)

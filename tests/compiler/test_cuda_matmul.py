@@ -10,12 +10,20 @@ import tvm
 
 from relaxlm.compiler.cuda import cuda_compilation, find_nvcc
 from relaxlm.compiler.kernels import cuda_matmul
-from relaxlm.compiler.kernels.cuda_matmul import CudaFormat, matmul_kernel, skinny, tiled, ways
+from relaxlm.compiler.kernels.cuda_matmul import (
+    CudaFormat,
+    gated_matmul_kernel,
+    matmul_kernel,
+    skinny,
+    tiled,
+    ways,
+)
 from relaxlm.compiler.target import resolve_device
 from relaxlm.quantization.groupwise import FLOAT_DTYPES, round_to
 from relaxlm.quantization.schemes import SCHEMES, Scheme
 from tests import reference
 from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler
+from tests.compiler.test_cpu_elementwise import EXACT
 from tests.compiler.test_cuda import needs_nvcc
 
 SHARED = 99 << 10
@@ -101,6 +109,29 @@ def test_bias_and_residual_are_added_before_rounding() -> None:
             wide = np.full((m, 40), np.nan, np.float32)
             logits(x, *stored.arrays, bias, wide)
             assert reference.relative_error(wide, product) < ERROR["float32"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("preset", "inner", "k", "activation"),
+    [
+        ("q4f16_1", 80, 320, "silu"),  # more tiles than one, and part of one
+        ("q4bf16_0", 48, 64, "gelu_tanh"),
+        ("q0f16", 16, 75, "relu"),  # rows that are not multiples of 16 bytes
+    ],
+)
+def test_gated_product(preset: str, inner: int, k: int, activation: str) -> None:
+    scheme = SCHEMES[preset]
+    stored = Stored(scheme, (2 * inner, k))
+    with CudaEmulation("random") as cuda:
+        kernel = cuda.build(gated_matmul_kernel(stored.format, activation, SHARED))
+        for m in (1, 12, 30, 70):
+            x = normal((m, k), scheme.dtype)
+            out = np.full((m, inner), np.nan, x.dtype)
+            kernel(x, *stored.arrays, out)
+            gate, up = np.split(x.astype(np.float64) @ stored.values.T, 2, axis=1)
+            expected = EXACT[activation](gate) * up
+            assert reference.relative_error(out, expected) < 2 * ERROR[scheme.dtype], m
 
 
 def test_tiles_fit_into_shared_memory() -> None:

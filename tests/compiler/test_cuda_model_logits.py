@@ -13,6 +13,9 @@ from relaxlm.compiler.target import resolve_device
 from relaxlm.quantization.groupwise import FLOAT_DTYPES
 from relaxlm.quantization.schemes import Scheme, get_scheme
 from relaxlm.runtime import executor
+from relaxlm.runtime.generation import GenerationConfig, SamplingState
+from relaxlm.runtime.peaks import BLOCK
+from relaxlm.runtime.sampling import sample
 from tests import reference
 from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler, needs_cpu_memory
 from tests.models import parity, test_deepseek
@@ -44,25 +47,39 @@ def cuda_models(monkeypatch: pytest.MonkeyPatch) -> Callable:
     return context
 
 
-@pytest.mark.parametrize(("scheme", "tolerance"), [("q0f32", 2e-6), ("q4f16_1", 4e-3)])
+@pytest.mark.parametrize(
+    ("scheme", "vocab", "tolerance"), [("q0f32", 6 * BLOCK, 2e-6), ("q4f16_1", parity.VOCAB, 4e-3)]
+)
 def test_logits_match_transformers_and_pages_are_copied(
-    cuda_models: Callable, scheme: str, tolerance: float
+    cuda_models: Callable, scheme: str, vocab: int, tolerance: float
 ) -> None:
-    model = parity.reference_model(RAW)
+    raw = {**RAW, "vocab_size": vocab}
+    model = parity.reference_model(raw)
     state = dict(model.state_dict())
-    params = parity.stored_parameters(RAW, state, scheme)
+    params = parity.stored_parameters(raw, state, scheme)
     with cuda_models():
-        compiled = Compiled(RAW, params, scheme)
+        compiled = Compiled(raw, params, scheme)
         (logits,) = compiled.run([IDS], [17, 1, 2])
+        assert greedy(compiled, [18, 19]) == logits[[18, 19]].argmax(-1).tolist()
         compiled.executor.copy_pages(np.array([0, 1], "int32"), np.array([40, 63], "int32"))
         for tensor in compiled.executor._kv:
             pages = tensor.numpy()
             assert pages[0].any()
             np.testing.assert_array_equal(pages[[40, 63]], pages[[0, 1]])
     if scheme != "q0f32":
-        model.load_state_dict(parity.dequantized_state(RAW, state, scheme))
+        model.load_state_dict(parity.dequantized_state(raw, state, scheme))
     error = reference.relative_error(logits, parity.reference_logits(model, IDS))
     assert error < tolerance
+
+
+def greedy(compiled: Compiled, rows: list[int]) -> list[int]:
+    """The tokens behind rows of a step, chosen from what the GPU's peaks point at."""
+    sequences, vocab = compiled.sequences, compiled.executor.vocab_size
+    tables = sequences.batch([(sequences.add(), len(IDS))])
+    step = compiled.executor.compute(tables, IDS.astype("int32"), np.array(rows, "int32"))
+    states = [SamplingState(GenerationConfig(temperature=0), [1], vocab, 0) for _ in rows]
+    seen, peaks = step.seen_by(range(len(rows)), states)
+    return [chosen.token for chosen in sample(seen, states, peaks)]
 
 
 FAMILIES = {

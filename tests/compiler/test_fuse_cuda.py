@@ -16,18 +16,18 @@ from tests.compiler.test_passes import lowered, lowering
 from tests.compiler.test_take_rows_early import KINDS
 from tests.models.parity import tiny_config
 
-LLAMA = ["norm", "matmul", "rope_append", "paged_attention", "matmul", "norm", "matmul"]
-LLAMA += ["silu_mul", "matmul"]
+LLAMA = ["norm", "matmul", "rope_append", "paged_attention", "matmul", "norm", "gated_matmul"]
+LLAMA += ["matmul"]
 LAYERS = {
     "llama": LLAMA,
     "qwen3": LLAMA,  # a norm on every head of q and k
     "gemma2": [
-        *("matmul", "rope_append", "paged_attention", "matmul", "norm_add_norm", "matmul"),
-        *("gelu_tanh_mul", "matmul", "norm_add_norm"),
+        *("matmul", "rope_append", "paged_attention", "matmul", "norm_add_norm", "gated_matmul"),
+        *("matmul", "norm_add_norm"),
     ],
     "olmo2": [
         *("matmul", "norm", "norm", "rope_append", "paged_attention", "matmul", "norm_add"),
-        *("matmul", "silu_mul", "matmul", "norm_add"),
+        *("gated_matmul", "matmul", "norm_add"),
     ],
     "cohere": [
         *("matmul", "rope_append", "paged_attention", "matmul", "matmul", "silu_mul", "matmul"),

@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from relaxlm.compiler.kernels import row_expression
 from relaxlm.compiler.kernels.activations import ACTIVATIONS
 from relaxlm.compiler.kernels.builder import emit, length, scratch, tensor
 from relaxlm.compiler.kernels.packed import Value
@@ -283,8 +284,7 @@ def row_kernel(kernel: RowKernel) -> tirx.PrimFunc:
 
 def gated(size: int, activation: str = "silu") -> RowKernel:
     """x [n, 2 size] -> activation(x[:, :size]) * x[:, size:]."""
-    value = Binary("multiply", Activation(activation, Matrix(0)), Matrix(0, size))
-    return RowKernel(size, (Input(2 * size),), value)
+    return RowKernel(size, (Input(2 * size),), row_expression.gated(size, activation))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from relaxlm.compiler.kernels.builder import length, tensor
 from relaxlm.compiler.kernels.cuda_source import (
     C_TYPES,
     WARP,
+    activation_type,
     c_bool,
     device_call,
     grid,
@@ -30,6 +31,8 @@ from relaxlm.quantization.groupwise import GroupQuant
 SMALL_TILE_BYTES = 60 << 10
 # Blocks of small tiles that keep a GPU busy, and most parts that columns are cut into for it.
 BUSY_BLOCKS, MOST_PARTS = 256, 8
+# Rows of a tile that belong to as many others, of a gated product.
+PAIRED_ROWS = 16
 # Threads that add up parts.
 ADD_WARPS = 8
 
@@ -270,6 +273,40 @@ def matmul_kernel(
                 )
 
         choose(ways(format, out_dtype, shared_limit), m, run)
+
+    return launches(body)
+
+
+@functools.cache
+def gated_matmul_kernel(format: CudaFormat, activation: str, shared_limit: int) -> tirx.PrimFunc:
+    """(x [m, K], *stored matrix of 2 N rows) -> out [m, N]. m must not be 0.
+
+    out = activation(x times the first N rows) * (x times the others), rounded once. N is a multiple
+    of `PAIRED_ROWS`, and the dtype not float32.
+    """
+
+    def body() -> None:
+        m, n, k = length("m"), length("n"), length("k")
+        x = tensor("x", (m, k), format.dtype)
+        stored = StoredTensors(format, (), n, k)
+        out = tensor("out", (m, n // 2), format.dtype)
+
+        def run(way: Way) -> None:
+            of_x, of_matrix = (m + way.tokens - 1) // way.tokens, (n + way.rows - 1) // way.rows
+            options = f"{format.name}, {way.code}, {way.rows}, {way.tokens}"
+            with grid([of_x, of_matrix], way.warps) as (tile_of_x, tile):
+                device_call(
+                    "linear.cuh",
+                    f"relaxlm::gated_linear<{options}, {activation_type(activation)}>",
+                    *(x.data, stored.values, stored.scales, out.data, shared_bytes(way.shared)),
+                    *(T.cast(size, "int32") for size in (m, n, k)),
+                    *(tile, tile_of_x),
+                )
+
+        few = [(8, skinny(format, 2, 1, 8)), (16, skinny(format, 2, 2, 8))]
+        few.append((32, skinny(format, 2, 4, 8)))
+        many = [way for way in ways(format, format.dtype, shared_limit) if not 0 < way[0] <= 32]
+        choose([*few, *many], m, run)
 
     return launches(body)
 

@@ -15,6 +15,7 @@ from relaxlm.compiler.kernels.builder import length, tensor
 from relaxlm.compiler.kernels.cuda_source import (
     C_TYPES,
     WARP,
+    activation_type,
     c_bool,
     device_call,
     grid,
@@ -36,15 +37,6 @@ from relaxlm.compiler.kernels.row_expression import (
 
 # Warps of a block: at most, and where threads have nothing to do with each other.
 MOST_WARPS, FREE_WARPS = 32, 8
-_FUNCTIONS = {
-    "silu": "Silu",
-    "gelu": "Gelu",
-    "gelu_tanh": "GeluTanh",
-    "relu": "Relu",
-    "sigmoid": "Sigmoid",
-    "tanh": "Tanh",
-    "square": "Square",
-}
 
 
 @functools.cache  # every layer asks
@@ -132,8 +124,7 @@ class _Writer:
                 "Binary", operator, self.expression(part.left), self.expression(part.right)
             )
         if isinstance(part, Activation):
-            function = f"relaxlm::rows::{_FUNCTIONS[part.name]}"
-            return self._of("Activation", function, self.expression(part.x))
+            return self._of("Activation", activation_type(part.name), self.expression(part.x))
         return self._of(
             "Normed", self.inner.index(part), self.expression(part.x), self.norm(part.norm)
         )

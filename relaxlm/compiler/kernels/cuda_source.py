@@ -36,6 +36,11 @@ def c_bool(value: bool) -> str:
     return "true" if value else "false"
 
 
+def activation_type(name: str) -> str:
+    """An activation of `activations.ACTIVATIONS`."""
+    return "relaxlm::" + "".join(word.capitalize() for word in name.split("_"))
+
+
 def stored_type(format: KVFormat) -> str:
     """What pages of a cache hold."""
     return "relaxlm::Float8" if format.scaled else C_TYPES[format.dtype]

@@ -90,6 +90,11 @@ def parts(expression: Expression) -> Iterator[Expression]:
     yield expression
 
 
+def gated(size: int, activation: str) -> Expression:
+    """activation(x[:, :size]) * x[:, size:] of rows [n, 2 size], or wider ones."""
+    return Binary("multiply", Activation(activation, Matrix(0)), Matrix(0, size))
+
+
 def name_of(expression: Expression) -> str:
     """A name for a kernel: its operators in order, "silu_mul"."""
     short = {"multiply": "mul", "subtract": "sub", "divide": "div"}

@@ -19,10 +19,10 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import mutator
 
-from relaxlm.compiler.kernels.cpu_elementwise import RowKernel, gated, row_kernel
+from relaxlm.compiler.kernels.cpu_elementwise import RowKernel, row_kernel
 from relaxlm.compiler.kernels.cpu_rounded import gated_matmul_kernel, supports_gated
 from relaxlm.compiler.kernels.rounding import Rounding
-from relaxlm.compiler.kernels.row_expression import Activation, Binary, Expression, Norm
+from relaxlm.compiler.kernels.row_expression import Activation, Binary, Expression, Norm, gated
 from relaxlm.compiler.passes.fuse_rows import RowFusion, kernel_name
 from relaxlm.compiler.passes.graph import calls, is_op, row_size
 from relaxlm.compiler.passes.lower_matmul_cpu import ROUNDING, matrix_of
@@ -120,7 +120,7 @@ class _Rewriter(RowFusion):
         """A gated product in the matmul whose halves it is of, if there is a kernel for that."""
         if not isinstance(value, Binary) or not isinstance(value.left, Activation):
             return None
-        if value != gated(rounding.k, value.left.name).value:
+        if value != gated(rounding.k, value.left.name):
             return None
         (source,) = rows.tensors
         product = self.graph.value(source)

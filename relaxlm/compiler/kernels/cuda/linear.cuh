@@ -1,6 +1,7 @@
 // Entry points: what kernels call.
 #ifndef RELAXLM_LINEAR
 #define RELAXLM_LINEAR
+#include "activations.cuh"
 #include "experts.cuh"
 #include "simt.cuh"
 #include "skinny.cuh"
@@ -68,6 +69,22 @@ __device__ __forceinline__ void linear(const typename F::T* __restrict__ x,
   float* mine = parts > 1 ? static_cast<float*>(partial) + size_t(part) * m * N : nullptr;
   const Output<Out, B, BIAS, RESIDUAL> output = {out, bias, residual, mine, N};
   Way::run(x, matrix, {nullptr, first, min(TOKENS, m - first), 1}, tile * ROWS, part, parts, output,
+           shared);
+}
+
+// out [m, N / 2] = Activation(gate) * up, where gate is x [m, K] times the first N / 2 rows of the matrix,
+// and up x times the others.
+template <class F, class Way, int ROWS, int TOKENS, class Activation>
+__device__ __forceinline__ void gated_linear(const typename F::T* __restrict__ x,
+                                             const void* __restrict__ values,
+                                             const typename F::T* __restrict__ scales,
+                                             typename F::T* __restrict__ out,
+                                             unsigned char* shared, int m, int N, int K, int tile,
+                                             int tile_of_x) {
+  const int first = tile_of_x * TOKENS;
+  const Matrix<F> matrix = {values, scales, N, K, N / 2};
+  const GatedOutput<typename F::T, Activation> output = {out, N / 2};
+  Way::run(x, matrix, {nullptr, first, min(TOKENS, m - first), 1}, tile * ROWS, 0, 1, output,
            shared);
 }
 

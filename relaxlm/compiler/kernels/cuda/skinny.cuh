@@ -65,11 +65,19 @@ __device__ __forceinline__ void skinny(const typename F::T* __restrict__ x, Matr
   __syncthreads();
   for (int at = warp * 32 + lane; at < TOKENS * ROWS; at += WARPS * 32) {
     const int token = at / ROWS, row = at % ROWS;
-    if (token >= rows.count || base + row >= matrix.N) continue;
-    float total = 0;
+    auto total = [&](int of) {
+      float sum = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) total += shared[(w * TOKENS + token) * STRIDE + row];
-    output.store(rows.out(token), base + row, total);
+      for (int w = 0; w < WARPS; ++w) sum += shared[(w * TOKENS + token) * STRIDE + of];
+      return sum;
+    };
+    if constexpr (Output::GATED) {
+      if (token < rows.count && (row & 16) == 0)
+        output.store(rows.out(token), base + row, total(row), total(row + 16));
+    } else {
+      if (token < rows.count && base + row < matrix.N)
+        output.store(rows.out(token), base + row, total(row));
+    }
   }
 }
 

@@ -12,7 +12,13 @@ struct Matrix {
   const void* values;  // words, or plain values
   const T* scales;
   int N, K;
+  // Not 0: row i and row i + half belong together, and tiles have 16 of the ones and then the 16 others.
+  int half = 0;
 
+  // The row that a tile has as number p, counted through all tiles.
+  __device__ __forceinline__ int row(int p) const {
+    return half == 0 ? p : (p >> 5 << 4 | (p & 15)) + (p & 16 ? half : 0);
+  }
   __device__ __forceinline__ int chunks() const { return F::chunks(K); }
   // Matrix number e of several that follow each other.
   __device__ __forceinline__ Matrix number(int e) const {
@@ -54,7 +60,7 @@ struct Scales {
       for (int i = 0; i < MT; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = min(base + row_in_tile<F>(i, half, g), matrix.N - 1);
+          const int row = min(matrix.row(base + row_in_tile<F>(i, half, g)), matrix.N - 1);
           const size_t at =
               F::COLUMNS ? size_t(group) * matrix.N + row : size_t(row) * groups + group;
           const typename F::T scale =
@@ -83,7 +89,7 @@ struct Chunks {
       if constexpr (F::COLUMNS) {
         if (i % 2) continue;
         const u32* words = static_cast<const u32*>(matrix.values);
-        const int row = base + row_in_tile<F>(i, 0, g);
+        const int row = matrix.row(base + row_in_tile<F>(i, 0, g));
         uint4 four[4];
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
@@ -98,7 +104,7 @@ struct Chunks {
       } else {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const size_t row = min(base + row_in_tile<F>(i, half, g), matrix.N - 1);
+          const size_t row = min(matrix.row(base + row_in_tile<F>(i, half, g)), matrix.N - 1);
           if constexpr (F::PLAIN && !ALIGNED)
             values[i][half] = load_unit<false>(static_cast<const T*>(matrix.values) + row * matrix.K,
                                                chunk * 8, matrix.K);
@@ -136,6 +142,7 @@ struct Chunks {
 // part of a sum, to `partial` [*, N].
 template <typename Out, typename B, bool BIAS, bool RESIDUAL>
 struct Output {
+  static constexpr bool GATED = false;
   Out* out;
   const B* bias;
   const Out* residual;
@@ -151,6 +158,20 @@ struct Output {
     if constexpr (BIAS) sum += to_float(bias[row]);
     if constexpr (RESIDUAL) sum += to_float(residual[at]);
     out[at] = from_float<Out>(sum);
+  }
+};
+
+// out [*, half] = F(gate) * up: sums of rows that belong together (`Matrix::half`).
+template <typename Out, class F>
+struct GatedOutput {
+  static constexpr bool GATED = true;
+  Out* out;
+  int half;
+
+  // Of rows p and p + 16 of the tiles.
+  __device__ __forceinline__ void store(int token, int p, float gate, float up) const {
+    const int row = p >> 5 << 4 | (p & 15);
+    if (row < half) out[size_t(token) * half + row] = from_float<Out>(F::of(gate) * up);
   }
 };
 

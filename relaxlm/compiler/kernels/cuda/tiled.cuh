@@ -77,16 +77,16 @@ __device__ __forceinline__ void load_stage(uint4* stage, int first, const typena
       uint4* to = stage + word * (S::ROWS / 4) + S::column_place(c, word);
       const bool there = line < chunks * 4;
       if constexpr (S::ALIGNED) {
-        copy_async(to, there ? words + min(base + c * 4, matrix.N - 4) : words, there);
+        copy_async(to, there ? words + min(matrix.row(base + c * 4), matrix.N - 4) : words, there);
       } else {
         u32 row[4];
         for (int r = 0; r < 4; ++r)
-          row[r] = there ? words[min(base + c * 4 + r, matrix.N - 1)] : 0;
+          row[r] = there ? words[min(matrix.row(base + c * 4 + r), matrix.N - 1)] : 0;
         *to = make_uint4(row[0], row[1], row[2], row[3]);
       }
     } else {
       const int r = at / S::W_PIECES, c = at % S::W_PIECES, chunk = first * 4 + c;
-      const size_t row = min(base + r, matrix.N - 1);
+      const size_t row = min(matrix.row(base + r), matrix.N - 1);
       uint4* to = stage + r * S::W_PIECES + S::w_place(c, r);
       if constexpr (F::PLAIN && !S::ALIGNED) {
         *to = load_unit<false>(static_cast<const typename S::T*>(matrix.values) + row * K,
@@ -205,9 +205,14 @@ __device__ __forceinline__ void tiled(const typename S::T* __restrict__ x,
     __syncwarp();
     for (int at = lane; at < 16 * MT * 16; at += 32) {
       const int token = first_token + j * 8 + at / (MT * 16), row = at % (MT * 16);
-      if (token < rows.count && base + first_row + row < matrix.N)
-        output.store(rows.out(token), base + first_row + row,
-                     mine[at / (MT * 16) * S::STRIDE + row]);
+      const float* sum = mine + at / (MT * 16) * S::STRIDE + row;
+      if constexpr (Output::GATED) {
+        if (token < rows.count && (row & 16) == 0)
+          output.store(rows.out(token), base + first_row + row, sum[0], sum[16]);
+      } else {
+        if (token < rows.count && base + first_row + row < matrix.N)
+          output.store(rows.out(token), base + first_row + row, sum[0]);
+      }
     }
     __syncwarp();
   }

@@ -1,0 +1,30 @@
+"""Kernels that find the largest logits on GPUs, against NumPy, run by the emulation."""
+
+import numpy as np
+
+from relaxlm.compiler.kernels.cuda_logits import gather_kernel, peaks_kernel
+from relaxlm.runtime.peaks import BLOCK
+from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler
+from tests.runtime.test_peaks import peaks_of
+
+
+@needs_compiler
+def test_peaks_and_blocks_of_logits() -> None:
+    vocab, blocks = 3 * BLOCK + 48, 4
+    logits = np.random.default_rng(1).normal(0, 5, (6, vocab)).astype(np.float32)
+    logits[1] = -np.abs(logits[1])
+    logits[2] = -np.inf
+    logits[3, vocab // 2] = np.nan
+    logits[4, vocab // 3] = -np.float32(np.nan)
+    logits[5, vocab - 1] = np.inf
+    places = np.array([3, 0, 23, 9, 9, 14, 7], np.int32)
+    with CudaEmulation("random") as cuda:
+        peaks, gather = cuda.build_all([peaks_kernel(vocab), gather_kernel(vocab)])
+        found = np.full((6, blocks), 7, np.float32)
+        peaks(logits, found)
+        pieces = np.full((len(places), BLOCK), 7, np.float32)
+        gather(logits, places, pieces)
+    np.testing.assert_array_equal(found, peaks_of(logits))
+    padded = np.full((6, blocks * BLOCK), -np.inf, np.float32)
+    padded[:, :vocab] = logits
+    np.testing.assert_array_equal(pieces, padded.reshape(-1, BLOCK)[places])
