@@ -88,6 +88,8 @@ class Executor:
         self._staged_sizes: list[int] = []
         self._staged_arrays: list[np.ndarray] = []
         self._staged_tensors: list[Any] = []
+        # Place and tensor, by how many are uploaded together and which of them it is.
+        self._uploaded: dict[tuple[int, int], tuple[Any, Any]] = {}
         cache, states = self.metadata.kv_cache.tensors, self.metadata.state.tensors
         self._kv = _array([self._zeros((pages, *tensor.shape), tensor.dtype) for tensor in cache])
         assert state_slots or not states, "recurrent layers, and no slot for their states"
@@ -225,20 +227,32 @@ class Executor:
     def _inputs(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """A step's integers as int32 tensors, which the next call of this function overwrites.
 
-        On a CPU they share one buffer, and stay as long as steps have the same shapes: to make nine
-        tensors anew costs more than a small step.
+        They stay as long as steps have the same shapes, and on a CPU they share one buffer: to make
+        nine tensors anew costs more than a small step.
         """
         if self.on_gpu:
-            return [
-                tvm_runtime.upload(np.ascontiguousarray(array, np.int32), self.device)
-                for array in arrays
-            ]
+            return self._upload([np.ascontiguousarray(array, np.int32) for array in arrays])
         sizes = [len(array) for array in arrays]
         if sizes != self._staged_sizes:
             self._stage(sizes)
         for view, array in zip(self._staged_arrays, arrays, strict=True):
             view[:] = array
         return self._staged_tensors
+
+    def _upload(self, arrays: list[np.ndarray]) -> list[Any]:
+        """Arrays [k] on the GPU, each at its own place: to allocate and free memory stops a GPU."""
+        tensors = []
+        for i, array in enumerate(arrays):
+            key = len(arrays), i
+            place, tensor = self._uploaded.get(key, (None, None))
+            if place is None or place.shape[0] < len(array):
+                place, tensor = tvm_runtime.empty((2 * len(array) + 1,), "int32", self.device), None
+            if tensor is None or tensor.shape[0] != len(array):
+                tensor = tvm_runtime.view(place, array.shape, "int32")
+            self._uploaded[key] = place, tensor
+            tvm_runtime.overwrite(tensor, array)
+            tensors.append(tensor)
+        return tensors
 
     def _stage(self, sizes: list[int]) -> None:
         line = tvm_runtime.ALIGNMENT // 4

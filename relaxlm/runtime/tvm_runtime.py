@@ -144,10 +144,15 @@ def empty(shape: Sequence[int], dtype: str, device: Any) -> Any:
 def upload(array: np.ndarray, device: Any) -> Any:
     """A copy of a contiguous array of NumPy's own dtypes on a device."""
     tensor = empty(array.shape, array.dtype.name, device)
+    overwrite(tensor, array)
+    return tensor
+
+
+def overwrite(tensor: Any, array: np.ndarray) -> None:
+    """Replace a tensor's values by those of a contiguous array of the same shape and dtype."""
     if array.nbytes:
         copy = _function("TVMTensorCopyFromBytes")
         copy(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
-    return tensor
 
 
 def copy(source: Any, target: Any) -> None:

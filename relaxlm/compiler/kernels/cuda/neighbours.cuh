@@ -20,10 +20,20 @@ __device__ __forceinline__ void load_neighbours(const T* from, float (&to)[N]) {
 
 template <typename T, int N>
 __device__ __forceinline__ void store_neighbours(T* to, const float (&from)[N]) {
-  Neighbours<T, N> written;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+    // The compiler would store four halves one by one.
+    Neighbours<u32, N / 2> written;
 #pragma unroll
-  for (int j = 0; j < N; ++j) written.values[j] = from_float<T>(from[j]);
-  *reinterpret_cast<Neighbours<T, N>*>(to) = written;
+    for (int j = 0; j < N / 2; ++j)
+      written.values[j] =
+          Pair<T>::of(from_float<T>(from[2 * j]), from_float<T>(from[2 * j + 1]));
+    *reinterpret_cast<Neighbours<u32, N / 2>*>(to) = written;
+  } else {
+    Neighbours<T, N> written;
+#pragma unroll
+    for (int j = 0; j < N; ++j) written.values[j] = from_float<T>(from[j]);
+    *reinterpret_cast<Neighbours<T, N>*>(to) = written;
+  }
 }
 
 }  // namespace relaxlm
