@@ -47,7 +47,7 @@ _FAMILIES = {
     "<|end|>": "phi-3",
 }
 # model_type -> the templates of the models that are published under it, the newest last. Types that
-# are not here have no chat models of a format of their own.
+# are not here have no chat models of a format of their own, or theirs has no name.
 OF_FAMILY: Mapping[str, tuple[str, ...]] = {
     "baichuan": ("baichuan", "baichuan2"),
     "chatglm": ("chatglm3", "glm-4"),
@@ -80,6 +80,7 @@ OF_FAMILY: Mapping[str, tuple[str, ...]] = {
     "ministral3": ("ministral3",),
     "mistral": ("mistral_default", "mistral_v3", "ministral3", "open_hermes_mistral"),
     "mixtral": ("mistral_default",),
+    "mpt": ("chatml",),
     "nemotron": ("nemotron",),
     "nemotron_h": ("nemotron_nano_v2", "chatml"),
     "olmo": ("olmo",),
