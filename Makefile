@@ -31,7 +31,7 @@ demo: $(DEMO)/ready
 
 test: lint
 	@echo "== pytest"
-	@$(TEST)/bin/python -m pytest $(PYTEST)
+	@PYTHONDONTWRITEBYTECODE= $(TEST)/bin/python -m pytest -n auto $(PYTEST)
 
 lint: $(TEST)/ready
 	@echo "== ruff, mypy"
