@@ -60,7 +60,7 @@ class Serving:
         return self
 
     def ended(self) -> int:
-        status = self.process.wait(30)
+        status = self.process.wait(120)  # starting takes long on a busy machine
         self._reader.join(10)
         return status
 
