@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import json
 import re
@@ -75,8 +76,14 @@ def browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(browser: Browser, address: str, **settings: Any) -> Iterator[Page]:
-    """A page in a browser of its own; errors of its scripts and foreign requests fail the test."""
+def opened(
+    browser: Browser, address: str, expected: str = "nothing", **settings: Any
+) -> Iterator[Page]:
+    """A page in a browser of its own; errors of its scripts and foreign requests fail the test.
+
+    Args:
+        expected: part of the console's errors that do not.
+    """
     problems: list[str] = []
     context = browser.new_context(**settings)
     context.set_default_timeout(PATIENCE_MS)
@@ -91,7 +98,7 @@ def opened(browser: Browser, address: str, **settings: Any) -> Iterator[Page]:
     page.goto(address)
     yield page
     context.close()
-    assert not problems
+    assert not [problem for problem in problems if expected not in problem]
 
 
 def wait_until_ready(page: Page) -> None:
@@ -155,6 +162,52 @@ def test_the_model_that_is_changed_is_fetched_again(
         with page.expect_request(re.compile("params_shard")):
             page.reload()
         wait_until_ready(page)
+
+
+def in_two_shards(folder: Path) -> Path:
+    """Cut a model's only shard in two; the second one is returned."""
+    index = json.loads((folder / "tensor-cache.json").read_text())
+    (shard,) = index["records"]
+    content = (folder / shard["dataPath"]).read_bytes()
+    records = sorted(shard["records"], key=lambda record: record["byteOffset"])
+    middle = len(records) // 2
+    cut = records[middle]["byteOffset"]
+    parts = []
+    for number, (first, end, some) in enumerate(
+        ((0, cut, records[:middle]), (cut, len(content), records[middle:]))
+    ):
+        name, part = f"params_shard_{number}.bin", content[first:end]
+        (folder / name).unlink(missing_ok=True)  # it is linked with the other's
+        (folder / name).write_bytes(part)
+        moved = [{**record, "byteOffset": record["byteOffset"] - first} for record in some]
+        md5 = hashlib.md5(part).hexdigest()
+        facts = {"dataPath": name, "nbytes": len(part), "md5sum": md5, "records": moved}
+        parts.append({**shard, **facts})
+    (folder / "tensor-cache.json").unlink()
+    (folder / "tensor-cache.json").write_text(json.dumps({**index, "records": parts}))
+    return folder / "params_shard_1.bin"
+
+
+def test_what_was_fetched_is_kept_when_the_rest_is_missing(
+    browser: Browser, cpu_site: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(cpu_site, site)
+    second = in_two_shards(site / "model")
+    second.rename(tmp_path / "second")
+    with served(site) as address, opened(browser, address, "404 (File not found)") as page:
+        page.wait_for_selector(".loading[data-state=failed]")
+        assert page.locator(".loading span").inner_text() == (
+            "The model can\u2019t be started here. On the CPU: "
+            f"{address}model/params_shard_1.bin: the server answers 404."
+        )
+        (tmp_path / "second").rename(second)
+        fetched: list[str] = []
+        page.on("request", lambda request: fetched.append(request.url))
+        page.get_by_role("button", name="Try again").click()
+        wait_until_ready(page)
+        shards = [url.rpartition("/")[2] for url in fetched if "params_shard" in url]
+        assert shards == ["params_shard_1.bin"]
 
 
 def test_a_large_model_is_loaded_when_it_is_wanted(

@@ -9,23 +9,19 @@
 
 import { ConfigError, ContextOverflowError, RequestError, TemplateError } from "./errors.js";
 import { Executor } from "./executor.js";
-import { WebFiles } from "./files.js";
-import { Library } from "./library.js";
+import { openModel } from "./model.js";
 import { PagedSequences, PagePool, pagesPerSequence } from "./page_tables.js";
 import { PromptBuilder } from "./prompt.js";
 import { Sampler } from "./sampling.js";
 import { generationSettings } from "./settings.js";
 import { MOST_KEPT, slotsFor, StateSlots } from "./state_slots.js";
 import { StopStrings } from "./stop.js";
-import { Tokenizer } from "./tokenizer.js";
-import { loadWeights } from "./weights.js";
 
 const SAMPLING = [
   ...["temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"],
 ];
 // Tokens; more than any conversation with a sliding window will have.
 const ENDLESS = 2 ** 31 - 1;
-const CONFIG_FILE = "mlc-chat-config.json";
 
 export class ChatModule {
   /**
@@ -39,28 +35,11 @@ export class ChatModule {
    * @param {(progress: {stage: string, loaded?: number, total?: number}) => void} options.onProgress
    * @throws {RelaxLMError} what is wrong with the folder, the library or the device
    */
-  static async load({ model, library, contextWindowSize, onProgress = () => {}, log }) {
-    const files = typeof model === "string" ? new WebFiles(model) : model;
-    onProgress({ stage: "library" });
-    const loaded = await Library.load(await bytesOf(library), log);
-    try {
-      const config = await files.json(CONFIG_FILE);
-      if (!config) throw new ConfigError(`no ${CONFIG_FILE}: expected a folder made by relaxlm`);
-      checkFits(loaded.metadata, config);
-      const description = await files.json("tokenizer.json");
-      if (!description) throw new ConfigError("no tokenizer.json in the model's folder");
-      const tokenizer = new Tokenizer(
-        description,
-        (await files.json("tokenizer_config.json")) ?? {},
-      );
-      const params = await loadWeights(files, loaded, (done, total) =>
-        onProgress({ stage: "weights", loaded: done, total }),
-      );
-      return new ChatModule(loaded, params, config, tokenizer, contextWindowSize);
-    } catch (error) {
-      loaded.dispose();
-      throw error;
-    }
+  static load(options) {
+    return openModel(options, "chat", ({ library, params, config, tokenizer }) => {
+      tokenizer.stream(); // refuses tokenizers whose text is not final as it comes
+      return new ChatModule(library, params, config, tokenizer, options.contextWindowSize);
+    });
   }
 
   constructor(library, params, config, tokenizer, contextWindowSize) {
@@ -360,23 +339,4 @@ function withoutOldestTurn(messages) {
   const start = messages.findIndex(({ role }) => role !== "system");
   const end = messages.findIndex(({ role }, i) => i > start && role === "user");
   return end < 0 ? null : [...messages.slice(0, start), ...messages.slice(end)];
-}
-
-async function bytesOf(library) {
-  if (typeof library !== "string") return library;
-  const address = new URL(library, globalThis.location?.href);
-  const folder = new URL(".", address);
-  return new WebFiles(folder).bytes(address.pathname.split("/").at(-1));
-}
-
-function checkFits({ model_type, quantization }, config) {
-  const pairs = { model_type: [model_type, config.model_type] };
-  pairs.quantization = [quantization, config.quantization];
-  for (const [name, [compiled, ours]] of Object.entries(pairs)) {
-    if (compiled !== ours) {
-      throw new ConfigError(
-        `the library was compiled for ${name} = ${compiled}, but the model's folder has ${ours}`,
-      );
-    }
-  }
 }

@@ -39,7 +39,6 @@ export class Executor {
    */
   async forward(tables, inputIds, logitPositions) {
     const { library, limits } = this;
-    const { tvm } = library;
     if (inputIds.length > limits.prefill_chunk_size) {
       throw new ContextOverflowError(
         `a step with ${inputIds.length} tokens: the library was compiled for ` +
@@ -62,34 +61,79 @@ export class Executor {
       ...(tables.stateSources ? [tables.stateSources, tables.stateTargets] : []),
       logitPositions,
     ];
-    tvm.beginScope();
-    let result;
-    try {
-      const inputs = lists.map((list) => {
-        const tensor = tvm.empty([list.length], "int32", library.device);
-        library.upload(tensor, new Uint8Array(Int32Array.from(list).buffer));
-        return tensor;
-      });
-      const logits = this.forwardFunction(...inputs, ...this.cache, this.params);
-      const { shape, dtype } = logits;
-      result = library.onGpu
-        ? tvm.empty(shape, dtype, library.cpu).copyFrom(logits)
-        : logits;
-      tvm.detachFromCurrentScope(result);
-    } finally {
-      tvm.endScope();
-    }
-    try {
-      if (library.onGpu) await library.device.sync();
-      return result.toArray();
-    } finally {
-      result.dispose();
-    }
+    return call(library, this.forwardFunction, lists, [...this.cache, this.params]);
   }
 
   dispose() {
     for (const tensors of this.cache) tensors.dispose();
     this.params.dispose();
     this.library.dispose();
+  }
+}
+
+/** An encoder with weights: whole texts, and no cache. */
+export class TextExecutor {
+  constructor(library, params) {
+    this.library = library;
+    this.embeddings = library.function("embeddings");
+    this.params = library.tuple(params);
+    for (const tensor of params) tensor.dispose();
+  }
+
+  /**
+   * Runs texts that fit into one step.
+   *
+   * @param {number[][]} texts token ids
+   * @param {string} pooling of "cls" and "last" only one state is wanted
+   * @returns {Promise<Float32Array[][]>} of each text the states [hidden] that are wanted
+   */
+  async run(texts, pooling) {
+    const { library } = this;
+    const positions = texts.flatMap((ids) => ids.map((_, i) => i));
+    const offsets = [0];
+    for (const ids of texts) offsets.push(offsets.at(-1) + ids.length);
+    const wanted = texts.map((ids, i) => {
+      if (pooling === "cls") return [offsets[i]];
+      if (pooling === "last") return [offsets[i + 1] - 1];
+      return ids.map((_, at) => offsets[i] + at);
+    });
+    const lists = [texts.flat(), positions, offsets, wanted.flat()];
+    const states = await call(library, this.embeddings, lists, [this.params]);
+    const size = library.metadata.hidden_size;
+    let row = 0;
+    return wanted.map((rows) =>
+      rows.map(() => states.subarray(row++ * size, row * size)),
+    );
+  }
+
+  dispose() {
+    this.params.dispose();
+    this.library.dispose();
+  }
+}
+
+/** The result of a function of int32 lists and tensors, float32 and flat. */
+async function call(library, run, lists, tensors) {
+  const { tvm } = library;
+  tvm.beginScope();
+  let result;
+  try {
+    const inputs = lists.map((list) => {
+      const tensor = tvm.empty([list.length], "int32", library.device);
+      library.upload(tensor, new Uint8Array(Int32Array.from(list).buffer));
+      return tensor;
+    });
+    const found = run(...inputs, ...tensors);
+    const { shape, dtype } = found;
+    result = library.onGpu ? tvm.empty(shape, dtype, library.cpu).copyFrom(found) : found;
+    tvm.detachFromCurrentScope(result);
+  } finally {
+    tvm.endScope();
+  }
+  try {
+    if (library.onGpu) await library.device.sync();
+    return result.toArray();
+  } finally {
+    result.dispose();
   }
 }

@@ -35,7 +35,12 @@ export class WebFiles {
     const reader = response.body.getReader();
     try {
       for (;;) {
-        const { done, value } = await reader.read();
+        const { done, value } = await reader.read().catch((error) => {
+          throw new WeightsError(
+            `${new URL(name, this.base)}: the download broke off (${error.message}); what is ` +
+              "complete is kept, so try again",
+          );
+        });
         if (done) return;
         yield value;
       }
@@ -49,11 +54,11 @@ export class WebFiles {
     const cache = await openCache();
     let response;
     try {
-      response = await fetch(address, { cache: "no-cache" });
+      response = await fetched(address, { cache: "no-cache" });
     } catch (error) {
       const kept = await cache?.match(address);
       if (kept) return kept;
-      throw new WeightsError(`${address} cannot be fetched: ${error.message}`);
+      throw error;
     }
     if (response.status === 404) return undefined;
     if (!response.ok) throw new WeightsError(`${address}: the server answers ${response.status}`);
@@ -68,13 +73,22 @@ export class WebFiles {
     key.searchParams.set("version", version);
     const kept = await cache?.match(key);
     if (kept) return kept;
-    const response = await fetch(address);
+    const response = await fetched(address);
     if (!response.ok) throw new WeightsError(`${address}: the server answers ${response.status}`);
     if (!cache) return response;
     // The cache reads along; a stream that breaks off leaves nothing in it.
     const [ours, cached] = response.body.tee();
     keep(cache, key, new Response(cached, { headers: response.headers }));
     return new Response(ours);
+  }
+}
+
+/** @throws {WeightsError} the server cannot be reached */
+async function fetched(address, options) {
+  try {
+    return await fetch(address, options);
+  } catch (error) {
+    throw new WeightsError(`${address} cannot be fetched: ${error.message}`);
   }
 }
 

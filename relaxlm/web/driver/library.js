@@ -79,13 +79,19 @@ export class Library {
 }
 
 async function findGpu({ params, kv_cache: cache }) {
+  const adapter = await globalThis.navigator?.gpu?.requestAdapter().catch(() => null);
+  if (!adapter) {
+    throw new DeviceError(
+      "this library runs on a GPU by WebGPU, and there is none here: use a browser and a computer " +
+        "that have it, or a library compiled with --device wasm",
+    );
+  }
   let found;
   try {
     found = await tvmjs.detectGPUDevice();
   } catch (error) {
-    throw new DeviceError(`this library runs on a GPU: ${error.message}`);
+    throw new DeviceError(`this GPU cannot run the library: ${error.message}`);
   }
-  if (!found) throw new DeviceError("this library runs on a GPU, and there is no WebGPU here");
   const half = [...params, ...cache.tensors].some(({ dtype }) => dtype === "float16");
   if (half && !found.device.features.has("shader-f16")) {
     throw new DeviceError(
@@ -109,9 +115,6 @@ function readMetadata(bytes) {
   }
   if (!DEVICES.includes(metadata.target.kind)) {
     throw new LibraryError(`the library was compiled for ${metadata.target.kind}, not for browsers`);
-  }
-  if (metadata.model_task !== "chat") {
-    throw new LibraryError(`the library is for ${metadata.model_task}; this driver chats`);
   }
   return metadata;
 }

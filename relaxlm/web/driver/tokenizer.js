@@ -13,7 +13,7 @@ export class Tokenizer {
    */
   constructor(description, settings) {
     this.backend = new Backend(description, settings);
-    this.rules = decodeRules(description.decoder);
+    this.decoder = description.decoder;
     /** Role ("bos_token") -> token. */
     this.specialTokens = {};
     for (const role of [...ROLES, "mask_token"]) {
@@ -28,17 +28,31 @@ export class Tokenizer {
     const ids = [...this.backend.get_vocab(true).values()];
     /** One more than the highest id: logits from there on are padding. */
     this.vocabSize = ids.reduce((highest, id) => Math.max(highest, id), -1) + 1;
+    /** The ids that a text has before and behind it when special tokens are added. */
+    this.frame = this.sequenceFrame();
     this.addsBos = this.bosId !== undefined && this.prefix(settings).includes(this.bosId);
   }
 
-  /** The ids that a text begins with when special tokens are added. */
+  /** The ids that a prompt begins with when special tokens are added. */
   prefix(settings) {
     if ("add_bos_token" in settings || "add_eos_token" in settings) {
       return settings.add_bos_token ? [this.bosId] : [];
     }
+    return this.frame[0];
+  }
+
+  sequenceFrame() {
     const plain = this.encode("a");
-    const { ids } = this.backend.encode("a", { add_special_tokens: true });
-    return ids.slice(0, Math.max(0, ids.indexOf(plain[0])));
+    const ids = Array.from(this.backend.encode("a", { add_special_tokens: true }).ids);
+    const start = Math.max(0, ids.indexOf(plain[0]));
+    return [ids.slice(0, start), ids.slice(start + plain.length)];
+  }
+
+  /** Token ids of a text with what the model expects around it, `longest` of them at most. */
+  encodeFramed(text, longest = Infinity) {
+    const [prefix, suffix] = this.frame;
+    const room = Math.max(0, longest - prefix.length - suffix.length);
+    return [...prefix, ...this.encode(text).slice(0, room), ...suffix];
   }
 
   /** The id of the token that begins a sequence. */
@@ -67,6 +81,7 @@ export class Tokenizer {
 
   /** A decoder for ids that arrive one by one. */
   stream(continuing = false) {
+    this.rules ??= decodeRules(this.decoder); // encoders' are not needed, and not final
     return new StreamDecoder(
       this.rules,
       (id) => this.backend.id_to_token(id),

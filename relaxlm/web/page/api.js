@@ -6,6 +6,8 @@ import { RemoteChat } from "../relaxlm/index.js";
 const MANIFEST = new URL("model.json", document.baseURI);
 // Models up to this size, in bytes, are loaded when the page opens; others when they are wanted.
 const SMALL = 64e6;
+// Where a library runs, in the order in which they are tried.
+export const PLACES = { webgpu: "GPU", wasm: "CPU" };
 
 export const PLACE_NOTE =
   "The model runs in this browser: what you write stays on this device. Conversations are kept here and nowhere else.";
@@ -68,7 +70,7 @@ export function load() {
 async function start() {
   await listModels();
   const failures = [];
-  for (const device of ["webgpu", "wasm"]) {
+  for (const device of Object.keys(PLACES)) {
     const library = model.libraries[device];
     if (!library) continue;
     report({ state: "loading", loaded: 0, device, error: "" });
@@ -78,7 +80,7 @@ async function start() {
       report({ state: "ready" });
       return started;
     } catch (error) {
-      failures.push(`${device}: ${error.message}`);
+      failures.push(`On the ${PLACES[device]}: ${error.message}.`);
       if (error.name !== "DeviceError") break;
     }
   }

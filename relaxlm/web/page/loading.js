@@ -1,9 +1,7 @@
 // How far the model is loaded, in a line above the conversation; and what only a server has, hidden.
 
-import { load, watchLoading } from "./api.js";
+import { load, PLACES, watchLoading } from "./api.js";
 import { byId, h } from "./dom.js";
-
-const WHERE = { webgpu: "GPU", wasm: "CPU" };
 
 const bar = h("progress", { "aria-label": "Loading the model", max: "1" });
 const text = h("span", {});
@@ -20,7 +18,7 @@ watchLoading(({ state, loaded, total, device, error }) => {
   const all = size(total);
   if (state === "waiting") text.textContent = `The model is not loaded yet: ${all}.`;
   if (state === "failed") text.textContent = error;
-  if (state === "ready") text.textContent = `Runs on this device’s ${WHERE[device]}.`;
+  if (state === "ready") text.textContent = `Runs on this device’s ${PLACES[device]}.`;
   if (state === "loading") {
     const part = total ? loaded / total : 0;
     text.textContent = loaded ? `Loading the model: ${Math.floor(part * 100)} % of ${all}` : "Starting the model";
