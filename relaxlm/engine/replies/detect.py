@@ -25,6 +25,7 @@ REASONING: Mapping[str, ReasoningTags] = {
     "think": ReasoningTags("<think>", "</think>"),
     "THINK": ReasoningTags("[THINK]", "[/THINK]"),
     "THINKING": ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>"),
+    "seed": ReasoningTags("<seed:think>", "</seed:think>"),
     "channel": ReasoningTags("<|channel>thought\n", "<channel|>"),
 }
 

@@ -53,7 +53,7 @@ class Layout:
     between: str = ""
     end: str = ""
     trigger: str = ""
-    arguments: Literal["json", "qwen", "glm", "minimax"] = "json"
+    arguments: Literal["json", "qwen", "seed", "glm", "minimax"] = "json"
     several: bool = True
 
 
@@ -138,6 +138,10 @@ def _kimi(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
 
 def _minimax(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
     return xml_calls.minimax_calls(reader, sink, tools.functions)
+
+
+def _seed(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
+    return xml_calls.seed_call(reader, sink, tools.functions)
 
 
 def _lfm2(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
@@ -246,6 +250,20 @@ FORMATS = (
         ),
         (MINIMAX_BEGIN,),
         (MINIMAX_BEGIN, MINIMAX_END),
+    ),
+    ToolFormat(
+        "seed",
+        ("<seed:tool_call>",),
+        _seed,
+        Layout(
+            f"<seed:tool_call>\n<function={NAME}>\n",
+            "</function>\n</seed:tool_call>",
+            between="\n",
+            trigger="<seed:tool_call>",
+            arguments="seed",
+        ),
+        ("<seed:tool_call>",),
+        ("<seed:tool_call>", "</seed:tool_call>"),
     ),
     ToolFormat(
         "lfm2",

@@ -15,9 +15,12 @@ from relaxlm.errors import RequestError
 if TYPE_CHECKING:
     from relaxlm.engine.replies.grammar import Rules
 
+Style = Literal["qwen", "seed", "glm", "minimax"]
+
 # What stands around a key, and around its value.
 _TAGS = {
     "qwen": ("<parameter=", ">\n", "\n</parameter>", "\n"),
+    "seed": ("<parameter=", ">", "</parameter>", "\n"),
     "minimax": ('<parameter name="', '">', "</parameter>", "\n"),
     "glm": ("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>", "\n"),
 }
@@ -27,9 +30,7 @@ _DEFINITIONS = ("$defs", "definitions")
 _STRING_LIMITS = ("pattern", "format", "minLength", "maxLength")
 
 
-def tagged_arguments(
-    rules: Rules, function: Function, i: int, style: Literal["qwen", "glm", "minimax"]
-) -> str:
+def tagged_arguments(rules: Rules, function: Function, i: int, style: Style) -> str:
     """All arguments of function number `i`, in the order of its schema.
 
     Raises:
@@ -50,9 +51,7 @@ def tagged_arguments(
     return rules.add(f"arguments_{i}", " ".join(parts))
 
 
-def _argument(
-    rules: Rules, function: Function, key: str, name: str, style: Literal["qwen", "glm", "minimax"]
-) -> str:
+def _argument(rules: Rules, function: Function, key: str, name: str, style: Style) -> str:
     before, between, after, end = _TAGS[style]
     schema = function.parameters["properties"][key]
     types = value_types(function.name, key, [function])

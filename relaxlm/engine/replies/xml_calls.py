@@ -9,6 +9,8 @@
     </function>
     </tool_call>
 
+    Seed-OSS writes as Qwen3-Coder does, but <seed:tool_call>, and no line ends around values.
+
     MiniMax M2
     <minimax:tool_call>
     <invoke name="get_weather">
@@ -46,6 +48,7 @@ class ArgumentTags:
 
 
 QWEN = ArgumentTags("<parameter=", ">", None, ("\n</parameter>", "</parameter>"), "</function>")
+SEED = ArgumentTags("<parameter=", ">", "", ("</parameter>",), "</function>")
 MINIMAX = ArgumentTags('<parameter name="', '">', "", ("</parameter>",), "</invoke>")
 MINIMAX_BEGIN, MINIMAX_END = "<minimax:tool_call>", "</minimax:tool_call>"
 GLM = ArgumentTags("<arg_key>", "</arg_key>", "<arg_value>", ("</arg_value>",), "</tool_call>")
@@ -63,6 +66,16 @@ def glm_call(reader: Reader, sink: Sink, functions: Sequence[Function]) -> Wait:
     yield from reader.skip_space()
     name = yield from name_before(reader, "< \t\r\n")
     yield from _arguments(reader, sink, GLM, name, functions)
+
+
+def seed_call(reader: Reader, sink: Sink, functions: Sequence[Function]) -> Wait:
+    """Behind "<seed:tool_call>"."""
+    yield from reader.skip_space()
+    yield from reader.expect("<function=")
+    name = yield from name_before(reader, ">")
+    yield from reader.expect(">")
+    yield from _arguments(reader, sink, SEED, name, functions)
+    yield from reader.skip_after_space("</seed:tool_call>")
 
 
 def minimax_calls(reader: Reader, sink: Sink, functions: Sequence[Function]) -> Wait:

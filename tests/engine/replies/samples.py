@@ -107,6 +107,7 @@ def cases() -> Iterator[Case]:
     yield from _glm4()
     yield from _kimi()
     yield from _minimax()
+    yield from _seed()
     yield from _python()
     yield from _harmony()
 
@@ -417,6 +418,18 @@ def _minimax() -> Iterator[Case]:
     yield Case("minimax malformed", "minimax", wrong, [], wrong)
     cut = '<minimax:tool_call><invoke name="f"><parameter name="s">a'
     yield Case("minimax cut", "minimax", cut, [("f", '{"s": "a')])
+
+
+def _seed() -> Iterator[Case]:
+    two = (
+        "<seed:tool_call>\n<function=f>\n<parameter=s>\na</parameter>\n<parameter=n>3</parameter>\n"
+        "</function>\n</seed:tool_call>\n<seed:tool_call><function=g></function></seed:tool_call>"
+    )
+    yield Case("seed", "seed", f"Ok.\n{two}", [("f", '{"s": "\\na", "n": 3}'), ("g", "{}")], "Ok.")
+    wrong = "<seed:tool_call>\n<function=f x"
+    yield Case("seed malformed", "seed", wrong, [], wrong)
+    cut = "<seed:tool_call><function=f><parameter=s>a"
+    yield Case("seed cut", "seed", cut, [("f", '{"s": "a')])
 
 
 def _python() -> Iterator[Case]:

@@ -189,6 +189,7 @@ TOLD = {
     "minimax": "{% set begin = '<minimax:tool_call>' %}<think>",
     "minitron": "<extra_id_1>User {{ '\\n<tool> ' + tool | tojson + ' </tool>' }}",
     "nemotron": "<TOOLCALL>[{",
+    "seed": "<seed:tool_call>\\n<function=x>\\n<parameter=y> {{ '<seed:think>' }}",
     "qwen3_coder": "<tool_call><function=x><parameter=y>",
 }
 
@@ -197,7 +198,7 @@ TOLD = {
 def test_what_a_template_says_of_calls(name: str) -> None:
     found = detected(TOLD[name])
     assert found.tools.name == name
-    tags = {"command_a": "<|START_THINKING|>", "minimax": "<think>"}
+    tags = {"command_a": "<|START_THINKING|>", "minimax": "<think>", "seed": "<seed:think>"}
     assert (found.reasoning.begin if found.reasoning else None) == tags.get(name)
 
 

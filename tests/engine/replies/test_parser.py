@@ -159,6 +159,8 @@ def test_reasoning_that_the_prompt_has_opened() -> None:
     [
         ("think", "<think>hm</think>ok"),
         ("THINK", "[THINK]hm[/THINK]ok"),
+        ("seed", "<seed:think>hm</seed:think>ok"),
+        ("THINKING", "<|START_THINKING|>hm<|END_THINKING|>ok"),
         ("channel", "<|channel>thought\nhm<channel|>ok"),
         ("none", "ok"),
     ],
