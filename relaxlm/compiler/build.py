@@ -38,9 +38,10 @@ from relaxlm.compiler.pipeline import (
     lowering_passes,
     memory_passes,
 )
+from relaxlm.compiler.plain_gpu import refuse_for_plain_gpu
+from relaxlm.compiler.rocm import rocm_compilation
 from relaxlm.compiler.target import DeviceTarget
 from relaxlm.compiler.web.link import WasmLinker
-from relaxlm.compiler.web.webgpu import refuse_for_webgpu
 from relaxlm.errors import UnsupportedError
 from relaxlm.files import format_bytes
 from relaxlm.models.config import DecoderConfig
@@ -219,6 +220,9 @@ def _lower(
 ) -> tuple[tvm.IRModule, LibraryMetadata]:
     """Run every pass; the module is ready for code generation but for `_metadata`."""
     check_opt(options, scheme, device)
+    if device.kernels == "gpu":
+        # Here already: an exception loses its type on its way through TVM.
+        refuse_for_plain_gpu(config, scheme, options.kv_format, device.kind)
     model = models.create(config, compute_dtype(device.kernels, scheme))
     module, _ = model.export_tvm(spec=model.export_spec())
     specs = model.parameter_specs()
@@ -232,10 +236,6 @@ def _lower(
         options.batch_invariant,
         device.shared_memory,
     )
-    if device.kind == "webgpu":
-        refuse_for_webgpu(config, scheme)
-        # Here already: an exception loses its type on its way through TVM.
-        lowering.page_tensors()
     bounds = _bounds(options, config)
     instruments = []
     if debug_dump is not None:
@@ -266,7 +266,9 @@ def _code_generation(
     """What `tvm.compile` runs in."""
     if device.kernels == "cuda":
         return cuda_compilation(device.arch, debug_dump)
-    if device.kernels == "webgpu":
+    if device.kind == "rocm":
+        return rocm_compilation(device.arch[0])
+    if device.kernels == "gpu":
         return nullcontext()
     # TVM's passes over loop nests without one that takes seconds and finds nothing to do: buffers
     # inside our kernels have the size that is used of them.

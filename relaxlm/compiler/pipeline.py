@@ -5,7 +5,6 @@ from functools import partial
 
 import tvm
 from tvm import relax, tirx
-from tvm.s_tir import dlight
 
 from relaxlm.compiler.kernels import (
     cpu_attention,
@@ -16,7 +15,7 @@ from relaxlm.compiler.kernels import (
     cuda_encoder_attention,
     cuda_latent_attention,
     cuda_rope,
-    webgpu_attention,
+    gpu_attention,
 )
 from relaxlm.compiler.kernels.attention import PageTensor, page_tensors
 from relaxlm.compiler.passes.add_peaks import AddPeaks
@@ -24,6 +23,7 @@ from relaxlm.compiler.passes.fuse_dequantize_matmul import FuseDequantizeMatmul
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
 from relaxlm.compiler.passes.fuse_elementwise_cuda import FuseElementwiseCUDA
 from relaxlm.compiler.passes.fuse_rope import FuseRope
+from relaxlm.compiler.passes.gpu_schedules import gpu_schedules
 from relaxlm.compiler.passes.legalize_cpu import legalize_cpu
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_encoder_attention import LowerEncoderAttention
@@ -55,12 +55,12 @@ ATTENTION = {
     "cuda": AttentionKernels(
         "cuda", page_tensors, cuda_rope.append_kernel, cuda_attention.attend_kernel
     ),
-    "webgpu": AttentionKernels(
-        "webgpu",
-        webgpu_attention.page_tensors,
-        webgpu_attention.append_kernel,
-        webgpu_attention.attend_kernel,
-        webgpu_attention.view_kernel,
+    "gpu": AttentionKernels(
+        "gpu",
+        gpu_attention.page_tensors,
+        gpu_attention.append_kernel,
+        gpu_attention.attend_kernel,
+        gpu_attention.view_kernel,
     ),
 }
 
@@ -77,7 +77,7 @@ LATENT_ATTENTION = {
 class Lowering:
     """What the passes need to know besides the IR.
 
-    `kind` and `shared_memory` are those of the target, `act_quant` and `batch_invariant` as in
+    `kind` is `DeviceTarget.kernels`, `shared_memory` is the target's, `act_quant` and `batch_invariant` as in
     `CompileOptions`.
     """
 
@@ -157,15 +157,15 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         ),
         relax.transform.DeadCodeElimination(),
         # Loop nests -> parallel loops, or grids of threads.
-        *([SplitFewRows("forward")] if lowering.kind == "webgpu" and has_head else []),
-        schedule_cpu() if lowering.kind == "cpu" else _gpu_schedules(),
+        *([SplitFewRows("forward")] if lowering.kind == "gpu" and has_head else []),
+        schedule_cpu() if lowering.kind == "cpu" else gpu_schedules(),
         *(
             [AddPeaks(lowering.config.vocab_size, lowering.kind)]
-            if lowering.kind != "webgpu" and has_head
+            if lowering.kind != "gpu" and has_head
             else []
         ),
         # WGSL has no 64-bit integers.
-        *([tirx.transform.ForceNarrowIndexToInt32()] if lowering.kind == "webgpu" else []),
+        *([tirx.transform.ForceNarrowIndexToInt32()] if lowering.kind == "gpu" else []),
     ]
 
 
@@ -195,27 +195,6 @@ def _attention_pass(lowering: Lowering) -> tvm.transform.Pass:
         options = {"rounded": lowering.act_quant, "invariant": lowering.batch_invariant}
     kernels = replace(kernels, attend=partial(kernels.attend, **options))
     return LowerPagedAttention(config, lowering.kv_format, kernels)
-
-
-class _Reduction(dlight.gpu.Reduction):
-    """Leaves functions to the next rule whose places depend on what they read, such as routing."""
-
-    def apply(self, func: tvm.tirx.PrimFunc, target: tvm.target.Target, _: bool):
-        try:
-            return super().apply(func, target, _)
-        except AssertionError:  # of its analysis of the places that are read
-            return None
-
-
-def _gpu_schedules() -> tvm.transform.Pass:
-    """TVM's schedule rules for GPUs; the first that applies to a function schedules it."""
-    return dlight.ApplyDefaultSchedule(
-        dlight.gpu.Matmul(),
-        dlight.gpu.GEMV(),
-        _Reduction(),
-        dlight.gpu.GeneralReduction(),
-        dlight.gpu.Fallback(),
-    )
 
 
 def memory_passes() -> list[tvm.transform.Pass]:

@@ -18,7 +18,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from relaxlm.compiler.platforms import (
     PLATFORMS,
@@ -33,8 +33,9 @@ from relaxlm.runtime import cpu, cuda
 if TYPE_CHECKING:
     import tvm
 
-Kind = Literal["cpu", "cuda", "wasm", "webgpu"]
-DEVICES = ("auto", "cpu", "cuda", "wasm", "webgpu", *PLATFORMS)
+Kind = Literal["cpu", "cuda", "metal", "opencl", "rocm", "wasm", "webgpu"]
+KINDS = get_args(Kind)
+DEVICES = ("auto", *KINDS, *PLATFORMS)
 
 REFUSED = {
     "vulkan": "the released TVM has no Vulkan code generator; use cuda on an NVIDIA GPU, or cpu",
@@ -59,13 +60,55 @@ CUDA_ARCHITECTURES = {
     "sm_121": "DGX Spark",
 }
 
-# What kernels may use of a GPU, as TVM's targets spell it. WebGPU's are what every device has:
-# subgroups of any size, or none, so that threads meet in workgroup memory only.
+# AMD's, and a card of each. Code is for one of them only.
+ROCM_ARCHITECTURES = {
+    "gfx906": "MI50, Radeon VII",
+    "gfx908": "MI100",
+    "gfx90a": "MI200",
+    "gfx942": "MI300",
+    "gfx950": "MI350",
+    "gfx1030": "RX 6800, RX 6900",
+    "gfx1100": "RX 7900",
+    "gfx1101": "RX 7800",
+    "gfx1102": "RX 7600",
+    "gfx1151": "Ryzen AI Max",
+    "gfx1200": "RX 9060",
+    "gfx1201": "RX 9070",
+}
+# Where Metal's and OpenCL's libraries can be loaded, by default first. Their kernels are source
+# text, which the device's driver compiles, so what is their architecture is that of the machine.
+HOSTS = {
+    "metal": ("macos-arm64", "ios"),
+    "opencl": ("linux-x86_64", "linux-arm64", "android-arm64", "windows-x86_64"),
+}
+
+# What kernels may use of a GPU, as TVM's targets spell it. WebGPU's and OpenCL's are what every
+# device has: subgroups of any size, or none, so that threads meet in workgroup memory only. It is
+# so on AMD's, too, which have 32 or 64 lanes. Apple's have 32.
 GPU_LIMITS: dict[str, dict[str, int]] = {
     "cuda": {
         "max_threads_per_block": 1024,
         "max_shared_memory_per_block": 48 * 1024,
         "thread_warp_size": 32,
+    },
+    "metal": {
+        "max_num_threads": 256,
+        "max_threads_per_block": 256,
+        "max_shared_memory_per_block": 32 * 1024,
+        "max_function_args": 31,
+        "thread_warp_size": 32,
+    },
+    "opencl": {
+        "max_num_threads": 256,
+        "max_threads_per_block": 256,
+        "max_shared_memory_per_block": 32 * 1024,
+        "thread_warp_size": 1,
+    },
+    "rocm": {
+        "max_num_threads": 256,
+        "max_threads_per_block": 256,
+        "max_shared_memory_per_block": 64 * 1024,
+        "thread_warp_size": 1,
     },
     "webgpu": {"max_num_threads": 256, "max_shared_memory_per_block": 16 * 1024},
 }
@@ -92,12 +135,12 @@ class DeviceTarget:
     """A device to compile for.
 
     Attributes:
-        kind: "cpu" or "cuda"; "wasm" and "webgpu" are the CPU and the GPU as browsers show them.
-        arch: cuda: the real architectures, oldest first. cpu: ("native",), a level of
-            `platforms.CPU_LEVELS`, or a processor that LLVM knows. wasm: ("wasm32",). webgpu:
-            ("wgsl",).
+        kind: "wasm" and "webgpu" are the CPU and the GPU as browsers show them.
+        arch: cuda: the real architectures, oldest first. rocm: one. cpu: ("native",), a level of
+            `platforms.CPU_LEVELS`, or a processor that LLVM knows. metal, opencl: the platform's
+            name. wasm: ("wasm32",). webgpu: ("wgsl",).
         cpu_features: LLVM names, sorted, of what the CPU code in the library may use beyond the
-            architecture's baseline. Empty for cuda: host code only launches kernels.
+            architecture's baseline. Empty for GPUs: host code only launches kernels.
         platform: the machine that the library is loaded on.
     """
 
@@ -119,8 +162,8 @@ class DeviceTarget:
 
     @property
     def kernels(self) -> str:
-        """Whose kernels the library has: "cpu", "cuda" or "webgpu"."""
-        return "cpu" if self.kind == "wasm" else self.kind
+        """Whose kernels the library has: "cpu", "cuda" or "gpu", the plain ones of any GPU."""
+        return {"cpu": "cpu", "wasm": "cpu", "cuda": "cuda"}.get(self.kind, "gpu")
 
     def tvm_target(self, opt_level: int = 2) -> tvm.target.Target:
         """The target with its host, as TVM wants it. Imports TVM.
@@ -143,8 +186,12 @@ class DeviceTarget:
             return Target(device, host={"kind": "llvm", "opt-level": opt_level})
         if self.kind == "wasm":
             return Target(_wasm_code(opt_level))
-        if self.kind == "webgpu":
-            return Target({"kind": "webgpu", **GPU_LIMITS["webgpu"]}, host=_wasm_code(opt_level))
+        if self.kernels == "gpu":
+            gpu: dict[str, Any] = {"kind": self.kind, **GPU_LIMITS[self.kind]}
+            if self.kind == "rocm":
+                gpu["mcpu"] = self.arch[0]
+            web = self.platform is WEB
+            return Target(gpu, host=_wasm_code(opt_level) if web else _host(self, opt_level))
         return _llvm_target(self, opt_level)
 
     @property
@@ -182,12 +229,13 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
     """The target that `--device` and `--arch` name.
 
     Args:
-        device: "auto" (cuda if there is a usable GPU, else cpu), "cpu", "cuda", "wasm", "webgpu" or
-            one of `PLATFORMS`; the architecture may follow behind a colon, "cpu:x86-64-v3".
+        device: "auto" (cuda if there is a usable GPU, else cpu), one of `KINDS` or one of
+            `PLATFORMS`; the architecture may follow behind a colon, "cpu:x86-64-v3".
         arch: cuda: comma-separated real architectures, "sm_80,sm_90"; the machine's GPUs if None.
             cpu: "native" (the same as None), a level of `CPU_LEVELS` or a processor that LLVM
-            knows. Platforms: the same but "native"; None is the platform's own level. wasm,
-            webgpu: none.
+            knows. Platforms: the same but "native"; None is the platform's own level. metal,
+            opencl: one of `HOSTS`, the first or this machine if None. rocm: one of
+            `ROCM_ARCHITECTURES`. wasm, webgpu: none.
 
     Raises:
         ConfigError: an unknown device or architecture, or no GPU to take the architecture from.
@@ -209,6 +257,10 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
         return _cuda(arch)
     if device in ("wasm", "webgpu"):
         return _browser(device, arch)
+    if device in ("metal", "opencl"):
+        return _source_text(device, arch)
+    if device == "rocm":
+        return _rocm(arch)
     platform = PLATFORMS.get(device)
     if platform is None:
         return _cpu(arch)
@@ -286,6 +338,44 @@ def _browser(device: str, arch: str | None) -> DeviceTarget:
     if device == "wasm":
         return DeviceTarget("wasm", ("wasm32",), WASM_FEATURES, WEB)
     return DeviceTarget("webgpu", ("wgsl",), WASM_FEATURES, WEB)
+
+
+def _source_text(device: Literal["metal", "opencl"], host: str | None) -> DeviceTarget:
+    hosts = HOSTS[device]
+    if host is None:
+        here = this_platform().name
+        host = here if here in hosts else hosts[0]
+    if host not in hosts:
+        raise ConfigError(
+            f"arch '{host}': for device '{device}' it is the machine that loads the library: "
+            + ", ".join(hosts)
+        )
+    return DeviceTarget(device, (host,), (), PLATFORMS[host])
+
+
+def _rocm(arch: str | None) -> DeviceTarget:
+    if sys.platform != "linux":
+        raise UnsupportedError(
+            f"device 'rocm' is not supported on {platform.system()}: libraries for ROCm are "
+            "compiled on Linux; use cpu"
+        )
+    if arch is None:
+        raise ConfigError(
+            "device 'rocm': name the GPU's architecture, which rocminfo prints: --arch gfx90a "
+            "(MI200), --arch gfx942 (MI300), --arch gfx1100 (RX 7900)"
+        )
+    if arch not in ROCM_ARCHITECTURES:
+        raise ConfigError(
+            f"arch '{arch}' is not known; a library for ROCm is for one of "
+            + ", ".join(ROCM_ARCHITECTURES)
+        )
+    return DeviceTarget("rocm", (arch,), ())
+
+
+def _host(device: DeviceTarget, opt_level: int) -> dict[str, Any]:
+    """How LLVM compiles what starts kernels: for any processor of the platform."""
+    known = {"kind": "llvm", "opt-level": opt_level, **device.platform.attributes}
+    return known if device.platform.is_here else {**known, "mtriple": device.platform.triple}
 
 
 def _wasm_code(opt_level: int) -> dict[str, Any]:

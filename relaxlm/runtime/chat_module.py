@@ -91,7 +91,7 @@ class ChatModule:
 
         Args:
             model: a folder made by `convert_weight` and `gen_config` (or published in this form).
-            device: "auto", "cpu" or "cuda".
+            device: "auto", "cpu", "cuda" or "metal".
             chat_config: replaces settings of the folder.
             model_lib: the compiled library; compiled now and cached if None. `model_lib_path` is
                 another name for it.

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from relaxlm.errors import ContextOverflowError, RequestError
-from relaxlm.runtime import tvm_runtime
-from relaxlm.runtime.library import Library, needs_gpu
+from relaxlm.runtime import gpu, tvm_runtime
+from relaxlm.runtime.library import Library
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.step_logits import DeviceLogits, StepLogits
 from relaxlm.runtime.step_tables import BatchTables, TextTables
@@ -316,8 +316,6 @@ def _device(library: Library) -> Any:
     device = tvm_runtime.device(kind)
     if kind == "cpu":
         return device
-    from relaxlm.runtime import cuda
-
-    if not cuda.load_runtime() or not tvm_runtime.exists(device):
-        raise needs_gpu(library.path)
+    if not gpu.load_runtime(kind) or not tvm_runtime.exists(device):
+        raise gpu.missing_gpu(library.path, kind)
     return device

@@ -16,6 +16,7 @@ from tempfile import TemporaryFile
 import relaxlm
 from relaxlm.errors import CompileError, ConfigError, LibraryError
 from relaxlm.files import cache_folder, write_atomically
+from relaxlm.runtime import gpu
 from relaxlm.runtime.library import Library
 from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
 
@@ -47,11 +48,18 @@ def library_for(
     check_versions()
     from relaxlm.compiler.target import resolve_device
 
-    platform = resolve_device(device).platform
+    target = resolve_device(device)
+    platform = target.platform
     if not platform.is_here:
         raise ConfigError(
             f"device '{device}' is for {platform.name}, and nothing runs for it here: use cpu or "
             f"cuda, or `relaxlm compile --device {device}` (docs/targets.md)"
+        )
+    if target.kernels == "gpu" and not gpu.load_runtime(target.kind):
+        # It would be compiled for nothing.
+        raise ConfigError(
+            f"device '{device}': {gpu.why_missing(target.kind)}; use cpu, or `relaxlm compile "
+            f"--device {device}` for another machine (docs/targets.md)"
         )
     libraries, seen = cache_folder() / "libraries", _seen(folder, device, overrides, opt)
     if seen is not None and seen.is_file():
@@ -77,7 +85,7 @@ def library_for(
 
 
 def target_kind(device: str) -> str:
-    """What a library for `device` runs on: "cpu", "cuda", "wasm" or "webgpu".
+    """What a library for `device` runs on: one of `compiler.target.KINDS`.
 
     Raises:
         ConfigError: no such device.

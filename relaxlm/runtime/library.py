@@ -1,6 +1,7 @@
 """Load a compiled library, and refuse one that does not fit this machine, TVM, relaxlm or model."""
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from relaxlm.errors import ConfigError, LibraryError
 from relaxlm.files import refuse_lfs_pointer
-from relaxlm.runtime import cpu, tvm_runtime
+from relaxlm.runtime import cpu, gpu, tvm_runtime
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.metadata import CONTRACT, LibraryMetadata
 from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
@@ -68,13 +69,6 @@ class Library:
         metadata = parse_metadata(text, path)
         check_runs_here(metadata, path)
         return Library(module, metadata, path)
-
-
-def needs_gpu(path: Path) -> LibraryError:
-    return LibraryError(
-        f"{path} was compiled for cuda, and no usable NVIDIA GPU is here; compile for this machine "
-        "with `relaxlm compile FOLDER --device cpu`"
-    )
 
 
 def check_runs_here(metadata: LibraryMetadata, path: Path | str) -> None:
@@ -165,13 +159,13 @@ def _load_module(path: Path) -> Any:
     try:
         return tvm_runtime.load_module(path)
     except Exception as error:
-        # What TVM calls the loader of GPU code, which is there when CUDA's runtime is.
-        if "load_from_bytes.cuda" not in str(error):
+        # The loader of GPU code, which is there when the runtime for such a GPU is.
+        loader = re.search(r"load_from_bytes\.(\w+)", str(error))
+        if loader is None or loader[1] not in gpu.LOADERS:
             raise _not_ours(path, error) from None
-    from relaxlm.runtime import cuda
-
-    if not cuda.load_runtime():
-        raise needs_gpu(path)
+        kind = gpu.LOADERS[loader[1]]
+    if not gpu.load_runtime(kind):
+        raise gpu.missing_gpu(path, kind)
     return tvm_runtime.load_module(path)
 
 

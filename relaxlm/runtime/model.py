@@ -52,7 +52,7 @@ class ServedModel:
 
         Args:
             folder: made by `convert_weight` and `gen_config` (or published in this form).
-            device: "auto", "cpu" or "cuda".
+            device: "auto", "cpu", "cuda" or "metal".
             chat_config: replaces settings of the folder.
             model_lib: the compiled library; compiled now and cached if None.
             progress: called with a stage's name and the share of the work done before it, if the

@@ -80,7 +80,7 @@ def load_module(path: Path | str) -> Any:
 
 
 def device(kind: str) -> Any:
-    """The first device of a kind, "cpu" or "cuda"; it may not be there."""
+    """The first device of a kind, such as "cpu" or "metal"; it may not be there."""
     load()
     import tvm_ffi
 

@@ -199,7 +199,7 @@ def test_the_model_is_the_same_for_every_cache_format_until_attention_is_lowered
     ("kv_format", "kind"),
     [
         *((name, kind) for name in ("bfloat16", "float8_e4m3") for kind in ("cpu", "cuda")),
-        ("float16", "webgpu"),  # which has no other 16 bits
+        ("float16", "gpu"),  # of which some have no other 16 bits
     ],
 )
 def test_the_cache_becomes_tables_and_page_tensors(kv_format: str, kind: str) -> None:

@@ -102,7 +102,7 @@ def copy_kernel(page_shape: tuple[int, ...], dtype: str, kind: str) -> tirx.Prim
 
     def body() -> None:
         # WGSL has no 64-bit integers.
-        index = "int32" if kind == "webgpu" else "int64"
+        index = "int32" if kind == "gpu" else "int64"
         total, count = tirx.Var("total", index), tirx.Var("count", index)
         pages = tensor("pages", (total, *page_shape), dtype)
         sources = tensor("sources", (count,), "int32")

@@ -38,7 +38,7 @@ class AttentionKernels:
     """The kernels of one target: see `compiler/kernels/cpu_attention.py` for their arguments.
 
     `view`, where there is one, makes a tensor [n, 4] int32 of the tables, for a window, sinks and a
-    page's size, which `attend` then takes in their place (`kernels/webgpu_attention.py`).
+    page's size, which `attend` then takes in their place (`kernels/gpu_attention.py`).
     """
 
     kind: str

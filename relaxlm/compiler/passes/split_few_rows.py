@@ -14,6 +14,8 @@ from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.s_tir import dlight
 
+from relaxlm.compiler.passes.gpu_schedules import Matmul
+
 # Rows that kernels of few compute at once: those of a chat. TVM's schedule for more is slower by
 # that factor, and shares fewer loads than tiles do.
 FEW = 1
@@ -80,7 +82,7 @@ def _for_few_rows(kernel: tvm.ir.BaseFunc) -> tirx.PrimFunc | None:
     if not isinstance(kernel, tirx.PrimFunc) or _is_scheduled(kernel):
         return None
     few = _scheduled(kernel, dlight.gpu.LowBatchGEMV(FEW))
-    return few if few and _scheduled(kernel, dlight.gpu.Matmul()) else None
+    return few if few and _scheduled(kernel, Matmul()) else None
 
 
 def _scheduled(kernel: tirx.PrimFunc, rule: dlight.base.ScheduleRule) -> tirx.PrimFunc | None:

@@ -1,7 +1,7 @@
-"""The WebGPU attention kernels against NumPy, as CUDA kernels run by the emulation.
+"""The attention kernels of plain GPUs against NumPy, as CUDA kernels run by the emulation.
 
-They are loop nests that TVM also compiles for CUDA; that their WGSL is right is shown by the models
-of `tests/web`.
+They are loop nests that TVM also compiles for CUDA; that what it makes of them for other GPUs is
+right is shown by the models of `test_gpu_models.py` and `tests/web`.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,9 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from relaxlm.compiler.kernels import webgpu_attention
+from relaxlm.compiler.kernels import gpu_attention
 from relaxlm.compiler.kernels.attention import AttentionShape, copy_kernel
-from relaxlm.errors import UnsupportedError
 from relaxlm.quantization.kv_cache import KV_FORMATS
 from tests import reference
 from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler
@@ -29,9 +28,9 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[CudaEmulation]:
 
 
 def attend(gpu: CudaEmulation, shape: AttentionShape, format: str, dtype: str) -> Callable:
-    """A kernel with the arguments of `cuda_attention.attend_kernel`, of the two that WebGPU has."""
-    see = gpu.build(webgpu_attention.view_kernel(shape.window, shape.sinks, PAGE))
-    attend = gpu.build(webgpu_attention.attend_kernel(shape, KV_FORMATS[format], dtype))
+    """A kernel with the arguments of `cuda_attention.attend_kernel`, of the two that there are."""
+    see = gpu.build(gpu_attention.view_kernel(shape.window, shape.sinks, PAGE))
+    attend = gpu.build(gpu_attention.attend_kernel(shape, KV_FORMATS[format], dtype))
 
     def kernel(q: np.ndarray, positions: np.ndarray, *rest: np.ndarray) -> None:
         row_offsets, page_offsets, page_ids, kv_lengths, dropped, *pages_and_out = rest
@@ -105,7 +104,7 @@ def test_append_stores_what_the_reference_stores(
     batch = Batch(shape, format, lengths=[19, 5], new=[19, 5])
     expected = batch.stored(dtype)
     k, v = (np.concatenate(x).astype(as_dtype(dtype)) for x in (batch.k, batch.v))
-    kernel = gpu.build(webgpu_attention.append_kernel(shape, format, dtype))
+    kernel = gpu.build(gpu_attention.append_kernel(shape, format, dtype))
     kernel(k, v, batch.slots, *batch.tensors)
     for ours, theirs in zip(batch.tensors, expected, strict=True):
         np.testing.assert_array_equal(ours.view("uint16"), theirs.view("uint16"))
@@ -116,25 +115,16 @@ def test_pages_are_copied_whole(gpu: CudaEmulation) -> None:
     pages = np.random.default_rng(0).standard_normal((7, 3, PAGE, 5)).astype("float32")
     expected = pages.copy()
     expected[[1, 4]] = pages[[6, 0]]
-    kernel = gpu.build(copy_kernel((3, PAGE, 5), "float32", "webgpu"))
+    kernel = gpu.build(copy_kernel((3, PAGE, 5), "float32", "gpu"))
     kernel(pages, np.array([6, 0], "int32"), np.array([1, 4], "int32"))
     np.testing.assert_array_equal(pages, expected)
-
-
-def test_what_shaders_cannot_hold_is_refused() -> None:
-    shape = AttentionShape(4, 2, 64, 0, 0, 1.0)
-    for name in ("float8_e4m3", "bfloat16"):
-        with pytest.raises(UnsupportedError, match=f"kv_cache_dtype = {name} is not supported on"):
-            webgpu_attention.page_tensors(shape, KV_FORMATS[name])
-    with pytest.raises(UnsupportedError, match="head_dim = 4096 is not supported on webgpu"):
-        webgpu_attention.page_tensors(replace(shape, head_dim=4096), KV_FORMATS["float32"])
 
 
 def test_a_kernel_reads_at_most_eight_buffers() -> None:
     shape = AttentionShape(4, 2, 64, 128, 4, 1.0, sink_logits=True)
     kernels = [
-        webgpu_attention.attend_kernel(shape, KV_FORMATS["float16"], "float16"),
-        webgpu_attention.append_kernel(shape, KV_FORMATS["float16"], "float16"),
-        webgpu_attention.view_kernel(128, 4, PAGE),
+        gpu_attention.attend_kernel(shape, KV_FORMATS["float16"], "float16"),
+        gpu_attention.append_kernel(shape, KV_FORMATS["float16"], "float16"),
+        gpu_attention.view_kernel(128, 4, PAGE),
     ]
     assert all(len(kernel.params) <= 8 for kernel in kernels)

@@ -1,12 +1,13 @@
-"""Paged attention for WebGPU: append to pages, find what each query sees, attend.
+"""Paged attention for GPUs other than NVIDIA's: append to pages, find what each query sees, attend.
 
-Pages are those of `cuda_attention`, without fp8, whose bytes WGSL cannot address. Two things are
-different from CUDA:
+One set of loop nests serves WebGPU, Metal, OpenCL and ROCm, and asks no more of a GPU than all of
+them have. Pages are those of `cuda_attention`, without fp8, whose bytes WGSL cannot address. Two
+things are different from CUDA:
 
-- A kernel may read eight buffers at most on some devices, so `view_kernel` works out once per step
+- A kernel may read eight buffers at most on some devices of WebGPU, so `view_kernel` works out once per step
   what each query token sees, and `attend_kernel` reads four numbers per token in place of tables.
-- Lanes of a subgroup cannot be relied upon to exist, so threads work together through workgroup
-  memory only.
+- A subgroup has 32 lanes, 64, or any number, so threads work together through workgroup memory
+  only.
 
 `attend_kernel` runs one workgroup per query token and KV head. It goes through the cached tokens in
 tiles: a thread computes the score of one token for one query head, then every thread adds the
@@ -25,12 +26,13 @@ from relaxlm.compiler.kernels import attention
 from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor
 from relaxlm.compiler.kernels.builder import emit, tensor
 from relaxlm.compiler.kernels.vector import LOG2E
-from relaxlm.errors import UnsupportedError
 from relaxlm.quantization.kv_cache import KVFormat
 
 THREADS = 128
 # Below any score, but finite: nothing may give inf - inf.
 NO_SCORE = -1e30
+# What pages hold.
+CACHE_DTYPES = ("float16", "float32")
 # float32 in workgroup memory for the query, at most: a quarter of the 16 KB that all devices have.
 MAX_QUERY = 2048
 # What a query token sees: `view_kernel`'s columns.
@@ -38,26 +40,8 @@ FIRST_PAGE, SINKS, WINDOW, COUNT = range(4)
 
 
 def page_tensors(shape: AttentionShape, format: KVFormat) -> tuple[PageTensor, ...]:
-    """The tensors that one layer's cache is made of, each with a leading axis of pages.
-
-    Raises:
-        UnsupportedError: an fp8 cache, linear biases, or a head size that does not fit.
-    """
-    if shape.alibi:
-        raise UnsupportedError(
-            "linear biases in attention (ALiBi) are not supported on webgpu. Compile this model "
-            "for cpu or cuda"
-        )
-    if format.scaled or format.dtype not in ("float16", "float32"):
-        raise UnsupportedError(
-            f"kv_cache_dtype = {format.name} is not supported on webgpu: its shaders have float16 "
-            'and float32. Use --overrides "kv_cache_dtype=float16"'
-        )
-    if shape.head_dim > MAX_QUERY:
-        raise UnsupportedError(
-            f"head_dim = {shape.head_dim} is not supported on webgpu: its attention kernels go up "
-            f"to {MAX_QUERY}"
-        )
+    """The tensors that one layer's cache is made of, each with a leading axis of pages."""
+    assert format.dtype in CACHE_DTYPES and shape.head_dim <= MAX_QUERY, "refused before"
     return attention.page_tensors(shape, format)
 
 

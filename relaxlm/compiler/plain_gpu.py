@@ -1,0 +1,48 @@
+"""What plain kernels for GPUs cannot do: those of WebGPU, Metal, OpenCL and ROCm.
+
+They are loop nests that TVM schedules for any GPU, and the attention of `kernels/gpu_attention.py`.
+"""
+
+from relaxlm.compiler.kernels.gpu_attention import CACHE_DTYPES, MAX_QUERY
+from relaxlm.errors import UnsupportedError
+from relaxlm.models.config import DecoderConfig
+from relaxlm.quantization.kv_cache import KVFormat
+from relaxlm.quantization.schemes import Scheme
+
+
+def refuse_for_plain_gpu(
+    config: DecoderConfig, scheme: Scheme, cache: KVFormat, device: str
+) -> None:
+    """Refuse models, presets and caches that there are no plain kernels for.
+
+    Args:
+        device: its kind, for messages.
+
+    Raises:
+        UnsupportedError: says why, and what to do instead.
+    """
+    cpu = "--device wasm in browsers, --device cpu elsewhere"
+    cpu = cpu if device == "webgpu" else "--device cpu"
+    for what, found in (
+        ("an encoder's attention", config.is_encoder),
+        ("mixtures of experts", getattr(config, "num_experts", None)),
+        ("latent attention", config.latent_cache is not None),
+        ("attention with linear biases (ALiBi)", config.alibi_slopes is not None),
+        ("attention in chunks", config.chunked_attention),
+        (f"head_dim = {config.head_dim}", config.head_dim > MAX_QUERY),
+    ):
+        if found:
+            raise UnsupportedError(
+                f"{config.model_type}: {what} is not supported on {device}. Compile for the CPU: "
+                f"{cpu}"
+            )
+    if scheme.dtype == "bfloat16":
+        raise UnsupportedError(
+            f"quantization {scheme.name} is not supported on {device}, for which there are no "
+            "kernels in bfloat16. Use a preset in float16 or float32, such as q4f16_1"
+        )
+    if cache.dtype not in CACHE_DTYPES:
+        raise UnsupportedError(
+            f"kv_cache_dtype = {cache.name} is not supported on {device}: its kernels have float16 "
+            'and float32. Use --overrides "kv_cache_dtype=float16"'
+        )
