@@ -113,18 +113,23 @@ def processor() -> Iterator[Finding]:
 def devices() -> Iterator[Finding]:
     """The GPUs that their driver reports; whether TVM can use them is the self-test's to say."""
     from relaxlm.runtime.cuda import gpus
+    from relaxlm.runtime.gpu import PLAIN_GPUS, why_missing
 
     found = gpus()
     if not found:
         yield Finding("devices", "cuda", "no NVIDIA GPU", "absent")
     for number, gpu in enumerate(found):
         yield Finding("devices", f"cuda:{number}", f"{gpu.name}, {gpu.arch}")
+    for kind in PLAIN_GPUS:
+        missing = why_missing(kind)
+        yield Finding("devices", kind, missing or "usable", "absent" if missing else "ok")
 
 
 def compilers() -> Iterator[Finding]:
     """The programs that make libraries of what TVM generates, and what each is needed for."""
     from relaxlm.compiler.cuda import find_nvcc
     from relaxlm.compiler.link import find_linker
+    from relaxlm.compiler.rocm import bitcode_folder, find_lld
 
     section = "compilers"
     try:
@@ -142,6 +147,12 @@ def compilers() -> Iterator[Finding]:
     else:
         advice = "needed to link for other systems: pip install ziglang"
         yield Finding(section, "zig", "not found", "absent", advice)
+    try:
+        value = f"{bitcode_folder()} and {' '.join(find_lld())}"
+        yield Finding(section, "ROCm bitcode", value)
+    except ToolchainError:
+        advice = "needed to compile for --device rocm: install rocm-device-libs and lld"
+        yield Finding(section, "ROCm bitcode", "not found", "absent", advice)
     if emcc := shutil.which("emcc"):
         yield Finding(section, "emcc", _version([emcc]))
     else:

@@ -13,7 +13,7 @@ ModelLib = Annotated[
     typer.Option("--model-lib", help="Compiled library. Default: compiled once, and cached."),
 ]
 # Of commands that run a model.
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or metal.")]
 Overrides = Annotated[
     str | None,
     typer.Option(

@@ -15,9 +15,7 @@ def build(
     quantization: Annotated[
         str, typer.Option("--quantization", help="Preset, such as q4f16_1.")
     ] = "q4f16_1",
-    device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda, wasm or webgpu.")
-    ] = "auto",
+    device: Annotated[str, typer.Option("--device", help="As for compile.")] = "auto",
     arch: Annotated[str | None, typer.Option("--arch", help="As for compile.")] = None,
     conv_template: Annotated[
         str | None, typer.Option("--conv-template", help="As for gen_config.")

@@ -25,11 +25,11 @@ def compile(
         str,
         typer.Option(
             "--device",
-            help="auto (this machine's GPU, else its CPU), cpu, cuda; in browsers, webgpu "
-            "or wasm (the CPU); or "
-            "another machine: linux-arm64, linux-x86_64, linux-riscv64, android-arm64, "
+            help="auto (this machine's NVIDIA GPU, else its CPU), cpu, cuda; metal (of macOS), "
+            "opencl, rocm; in browsers, webgpu or wasm (the CPU); or another machine's CPU: "
+            "linux-arm64, linux-x86_64, linux-riscv64, android-arm64, "
             "macos-arm64, macos-x86_64, windows-x86_64, ios (docs/targets.md). "
-            "--arch may follow: cuda:sm_90, cpu:x86-64-v3.",
+            "--arch may follow: cuda:sm_90, rocm:gfx942, cpu:x86-64-v3.",
         ),
     ] = "auto",
     quantization: Annotated[
@@ -42,7 +42,8 @@ def compile(
             "--arch",
             help="cuda: sm_80,sm_90 and so on; default: this machine's GPU. "
             "cpu: native (default), x86-64-v2, -v3, -v4, or any processor that LLVM knows, "
-            "such as znver4.",
+            "such as znver4. rocm: gfx90a, gfx942, gfx1100 and so on. metal, opencl: the machine "
+            "that loads the library, such as ios, android-arm64.",
         ),
     ] = None,
     overrides: Annotated[

@@ -18,7 +18,7 @@ def demo(
     quantization: Annotated[
         str, typer.Option("--quantization", help="How to store the weights.")
     ] = "q4f16_1",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or metal.")] = "cpu",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder to write. Default: in relaxlm's cache."),

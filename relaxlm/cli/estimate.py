@@ -13,7 +13,7 @@ def estimate(
     quantization: Annotated[
         str | None, typer.Option("--quantization", help="Preset, such as q4f16_1.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="As for compile.")] = "auto",
     arch: Annotated[str | None, typer.Option("--arch", help="As for compile.")] = None,
     overrides: Annotated[str | None, typer.Option("--overrides", help="As for compile.")] = None,
 ) -> None:

@@ -77,8 +77,8 @@ LATENT_ATTENTION = {
 class Lowering:
     """What the passes need to know besides the IR.
 
-    `kind` is `DeviceTarget.kernels`, `shared_memory` is the target's, `act_quant` and `batch_invariant` as in
-    `CompileOptions`.
+    `kind` is `DeviceTarget.kernels`, `shared_memory` is the target's, `act_quant` and
+    `batch_invariant` are as in `CompileOptions`.
     """
 
     config: DecoderConfig

@@ -1,10 +1,11 @@
 """ROCm kernels: LLVM's machine code for AMD's GPUs, with AMD's bitcode, linked by lld.
 
-LLVM compiles an exponential into a call of `__ocml_exp2_f32`, which is in the device libraries that
-come with ROCm (`ocml.bc`). How those behave is decided by further files, each of which defines one
-constant: the GPU's instructions, lanes per wave, denormal numbers. TVM's list of them is for GPUs of
-the first generations with 64 lanes, and links contradicting files; `rocm_compilation` puts one for
-the right GPU in its place. No kernel relies on the number of lanes itself (`target.GPU_LIMITS`).
+LLVM compiles an exponential into a call of `__ocml_exp2_f32`, which is in the device libraries
+that come with ROCm (`ocml.bc`). How those behave is decided by further files, each of which defines
+one constant: lanes per wave, denormal numbers and so on. TVM's list of them is for GPUs with 64
+lanes, and links contradicting files; `rocm_compilation` puts one for the right GPU in its place.
+Kernels of ours do not rely on the number of lanes either (`target.GPU_LIMITS`). What they call
+does not ask for the GPU's generation; lld would say so.
 
 Source: ROCm Device Libraries, doc/OCML.md, "Controls".
 """
@@ -15,7 +16,6 @@ import contextlib
 import glob
 import importlib.util
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -27,7 +27,11 @@ from relaxlm.compiler.link import run_tool
 from relaxlm.errors import RelaxLMError, ToolchainError
 
 # Behind $ROCM_PATH: AMD's packages, and Debian's.
-FOLDERS = ("/opt/rocm/amdgcn/bitcode", "/usr/lib/*/amdgcn/bitcode", "/usr/lib/clang/*/amdgcn/bitcode")
+FOLDERS = (
+    "/opt/rocm/amdgcn/bitcode",
+    "/usr/lib/*/amdgcn/bitcode",
+    "/usr/lib/clang/*/amdgcn/bitcode",
+)
 INSTALL = "install ROCm, or Debian's rocm-device-libs, or set ROCM_PATH to where it is"
 _CONTROLS = (
     "oclc_daz_opt_off",
@@ -61,7 +65,6 @@ def rocm_compilation(arch: str) -> Iterator[None]:
         "tvm_callback_rocm_bitcode_path": lambda *_: [str(file) for file in files],
         "tvm_callback_rocm_link": link,
     }
-    import tvm.support.rocm  # registers TVM's own
     import tvm_ffi
 
     theirs = {name: tvm_ffi.get_global_func(name) for name in functions}
@@ -83,21 +86,26 @@ def bitcode(arch: str) -> list[Path]:
     """The files of AMD's device libraries for a GPU.
 
     Raises:
-        ToolchainError: they are not here, or are older than the GPU.
+        ToolchainError: they are not here.
     """
-    folder = _bitcode_folder()
+    folder = bitcode_folder()
     lanes = "on" if len(arch) == len("gfx90a") else "off"  # from gfx1010 on, there are 32
-    names = ["ocml", *_CONTROLS, f"oclc_wavefrontsize64_{lanes}", f"oclc_isa_version_{arch[3:]}"]
+    names = ["ocml", *_CONTROLS, f"oclc_wavefrontsize64_{lanes}"]
     files = [folder / f"{name}.bc" for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ToolchainError(
-            f"the ROCm device libraries in {folder} have no {', '.join(missing)}: they are older "
-            f"than {arch}. Install newer ones, and set ROCM_PATH to where they are"
+            f"the ROCm device libraries in {folder} have no {', '.join(missing)}; install them "
+            "again, or set ROCM_PATH to others"
         )
     return files
 
 
-def _bitcode_folder() -> Path:
+def bitcode_folder() -> Path:
+    """Where AMD's device libraries are.
+
+    Raises:
+        ToolchainError: they are not here.
+    """
     root = os.environ.get("ROCM_PATH")
     patterns = (f"{root}/amdgcn/bitcode",) if root else FOLDERS
     for pattern in patterns:

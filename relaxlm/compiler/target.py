@@ -257,8 +257,10 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
         return _cuda(arch)
     if device in ("wasm", "webgpu"):
         return _browser(device, arch)
-    if device in ("metal", "opencl"):
-        return _source_text(device, arch)
+    if device == "metal":
+        return _source_text("metal", arch)
+    if device == "opencl":
+        return _source_text("opencl", arch)
     if device == "rocm":
         return _rocm(arch)
     platform = PLATFORMS.get(device)
@@ -340,17 +342,17 @@ def _browser(device: str, arch: str | None) -> DeviceTarget:
     return DeviceTarget("webgpu", ("wgsl",), WASM_FEATURES, WEB)
 
 
-def _source_text(device: Literal["metal", "opencl"], host: str | None) -> DeviceTarget:
-    hosts = HOSTS[device]
+def _source_text(kind: Literal["metal", "opencl"], host: str | None) -> DeviceTarget:
+    hosts = HOSTS[kind]
     if host is None:
         here = this_platform().name
         host = here if here in hosts else hosts[0]
     if host not in hosts:
         raise ConfigError(
-            f"arch '{host}': for device '{device}' it is the machine that loads the library: "
+            f"arch '{host}': for device '{kind}' it is the machine that loads the library: "
             + ", ".join(hosts)
         )
-    return DeviceTarget(device, (host,), (), PLATFORMS[host])
+    return DeviceTarget(kind, (host,), (), PLATFORMS[host])
 
 
 def _rocm(arch: str | None) -> DeviceTarget:

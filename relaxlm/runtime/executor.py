@@ -316,6 +316,6 @@ def _device(library: Library) -> Any:
     device = tvm_runtime.device(kind)
     if kind == "cpu":
         return device
-    if not gpu.load_runtime(kind) or not tvm_runtime.exists(device):
+    if gpu.why_missing(kind):
         raise gpu.missing_gpu(library.path, kind)
     return device

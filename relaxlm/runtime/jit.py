@@ -55,11 +55,10 @@ def library_for(
             f"device '{device}' is for {platform.name}, and nothing runs for it here: use cpu or "
             f"cuda, or `relaxlm compile --device {device}` (docs/targets.md)"
         )
-    if target.kernels == "gpu" and not gpu.load_runtime(target.kind):
-        # It would be compiled for nothing.
+    if target.kind in gpu.PLAIN_GPUS and (reason := gpu.why_missing(target.kind)):
         raise ConfigError(
-            f"device '{device}': {gpu.why_missing(target.kind)}; use cpu, or `relaxlm compile "
-            f"--device {device}` for another machine (docs/targets.md)"
+            f"device '{device}': {reason}. Use cpu, or `relaxlm compile --device {device}` for "
+            "another machine (docs/targets.md)"
         )
     libraries, seen = cache_folder() / "libraries", _seen(folder, device, overrides, opt)
     if seen is not None and seen.is_file():

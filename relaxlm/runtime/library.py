@@ -164,7 +164,7 @@ def _load_module(path: Path) -> Any:
         if loader is None or loader[1] not in gpu.LOADERS:
             raise _not_ours(path, error) from None
         kind = gpu.LOADERS[loader[1]]
-    if not gpu.load_runtime(kind):
+    if gpu.why_missing(kind):
         raise gpu.missing_gpu(path, kind)
     return tvm_runtime.load_module(path)
 

@@ -56,6 +56,10 @@
 #define __any_sync(mask, predicate) (emu::ballot(mask, predicate, __LINE__) != 0)
 #define __all_sync(mask, predicate) (emu::ballot(mask, !(predicate), __LINE__) == 0)
 
+#ifndef EMU_MOST_THREADS
+#define EMU_MOST_THREADS 1024
+#endif
+
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
@@ -302,7 +306,7 @@ static void on_fault(int, siginfo_t* info, void*) {
 static std::string launch(dim3 grid, dim3 block, size_t shared) {
   size_t count = size_t(block.x) * block.y * block.z;
   if (grid.x * grid.y * grid.z == 0) return "the grid has no blocks";
-  if (count > 1024) return "more than 1024 threads in a block";
+  if (count > EMU_MOST_THREADS) return "too many threads in a block";
   if (grid.y > 65535 || grid.z > 65535) return "more than 65535 blocks along y or z";
   if (stacks_size < count * kStack) {
     if (stacks) munmap(stacks, stacks_size);

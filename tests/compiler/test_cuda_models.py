@@ -76,7 +76,7 @@ def test_a_cuda_library_without_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LibraryError) as error:
         Executor.from_arrays(Library.load(library), {}, pages=4)
     assert str(error.value) == (
-        f"{library} was compiled for cuda, and no usable NVIDIA GPU is here; compile for this "
+        f"{library} was compiled for cuda, and no usable NVIDIA GPU is here. Compile for this "
         "machine with `relaxlm compile FOLDER --device cpu`"
     )
 

@@ -37,7 +37,8 @@ def test_auto_is_cuda_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_devices_that_are_not() -> None:
     assert message(ConfigError, "gpu").startswith(
-        "unknown device 'gpu'; the devices are auto, cpu, cuda, wasm, webgpu, linux-x86_64, "
+        "unknown device 'gpu'; the devices are auto, cpu, cuda, metal, opencl, rocm, wasm, webgpu, "
+        "linux-x86_64, "
     )
     assert message(UnsupportedError, "vulkan") == (
         "device 'vulkan' is not supported: the released TVM has no Vulkan code generator; use cuda "
@@ -223,8 +224,55 @@ def test_browsers_have_one_architecture_and_the_suffix_of_webassembly() -> None:
         "cpu_features": ["nontrapping-fptoint", "sign-ext", "simd128"],
     }
     gpu = resolve_device("webgpu")
-    assert (gpu.kind, gpu.kernels, gpu.suffix) == ("webgpu", "webgpu", ".wasm")
+    assert (gpu.kind, gpu.kernels, gpu.suffix) == ("webgpu", "gpu", ".wasm")
     assert gpu.describe()["cpu"] == "wasm32"
     assert message(ConfigError, "wasm", "wasm64") == (
         "arch 'wasm64': device 'wasm' has one architecture; leave --arch out"
     )
+
+
+def test_source_text_of_kernels_is_for_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    metal, opencl = resolve_device("metal"), resolve_device("opencl:android-arm64")
+    assert (metal.kind, metal.arch, metal.kernels, metal.suffix) == (
+        "metal",
+        ("macos-arm64",),
+        "gpu",
+        ".dylib",
+    )
+    assert (metal.describe()["system"], metal.describe()["cpu"]) == ("darwin", "aarch64")
+    assert (opencl.kind, opencl.suffix, opencl.platform.system) == ("opencl", ".so", "android")
+    assert resolve_device("metal:ios").suffix == ".a"
+    assert message(ConfigError, "metal", "linux-arm64") == (
+        "arch 'linux-arm64': for device 'metal' it is the machine that loads the library: "
+        "macos-arm64, ios"
+    )
+    # Without a name it is this machine, if it is one of them.
+    monkeypatch.setattr(targets, "this_platform", lambda: targets.PLATFORMS["linux-arm64"])
+    assert resolve_device("opencl").arch == ("linux-arm64",)
+    assert resolve_device("metal").arch == ("macos-arm64",)
+
+
+def test_rocm_has_one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_device("rocm:gfx90a").arch == ("gfx90a",)
+    assert message(ConfigError, "rocm") == (
+        "device 'rocm': name the GPU's architecture, which rocminfo prints: --arch gfx90a (MI200), "
+        "--arch gfx942 (MI300), --arch gfx1100 (RX 7900)"
+    )
+    assert message(ConfigError, "rocm", "gfx90a,gfx942").startswith(
+        "arch 'gfx90a,gfx942' is not known; a library for ROCm is for one of gfx906, gfx908, "
+    )
+    monkeypatch.setattr(targets.sys, "platform", "darwin")
+    monkeypatch.setattr(targets.platform, "system", lambda: "Darwin")
+    assert message(UnsupportedError, "rocm", "gfx90a") == (
+        "device 'rocm' is not supported on Darwin: libraries for ROCm are compiled on Linux; use "
+        "cpu"
+    )
+
+
+@pytest.mark.parametrize("device", ["metal", "opencl", "rocm:gfx90a", "webgpu"])
+def test_what_kernels_of_a_gpu_may_use(device: str) -> None:
+    target = resolve_device(device).tvm_target()
+    assert (target.kind.name, target.host.kind.name) == (device.partition(":")[0], "llvm")
+    assert int(target.attrs["max_num_threads"]) == 256
+    # Only Apple's GPUs are sure to have 32 lanes that move in step.
+    assert int(target.attrs["thread_warp_size"]) == (32 if device == "metal" else 1)

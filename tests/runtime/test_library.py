@@ -96,7 +96,7 @@ def test_a_library_of_gpu_code_on_a_machine_without_gpu(tiny, tmp_path, monkeypa
     monkeypatch.setattr("relaxlm.runtime.tvm_runtime.load_module", load_module)
     monkeypatch.setattr("relaxlm.runtime.cuda.load_runtime", lambda: False)
     assert refusal(tiny.library) == (
-        f"{tiny.library} was compiled for cuda, and no usable NVIDIA GPU is here; compile for this "
+        f"{tiny.library} was compiled for cuda, and no usable NVIDIA GPU is here. Compile for this "
         "machine with `relaxlm compile FOLDER --device cpu`"
     )
 

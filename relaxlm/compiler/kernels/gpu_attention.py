@@ -4,8 +4,9 @@ One set of loop nests serves WebGPU, Metal, OpenCL and ROCm, and asks no more of
 them have. Pages are those of `cuda_attention`, without fp8, whose bytes WGSL cannot address. Two
 things are different from CUDA:
 
-- A kernel may read eight buffers at most on some devices of WebGPU, so `view_kernel` works out once per step
-  what each query token sees, and `attend_kernel` reads four numbers per token in place of tables.
+- A kernel may read eight buffers at most on some devices of WebGPU, so `view_kernel` works out once
+  per step what each query token sees, and `attend_kernel` reads four numbers per token in place of
+  tables.
 - A subgroup has 32 lanes, 64, or any number, so threads work together through workgroup memory
   only.
 

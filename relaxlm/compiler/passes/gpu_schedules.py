@@ -4,7 +4,6 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 
-
 _LIMITS = ("max_num_threads", "max_shared_memory_per_block")
 
 

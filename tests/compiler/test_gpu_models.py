@@ -1,0 +1,120 @@
+"""Whole models compiled for Metal and OpenCL, run by the emulation, give the logits of the CPU.
+
+`tests/models` compares the CPU with transformers.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from relaxlm import models
+from relaxlm.compiler import build
+from relaxlm.compiler.plain_gpu import refuse_for_plain_gpu
+from relaxlm.compiler.platforms import this_platform
+from relaxlm.compiler.target import resolve_device
+from relaxlm.errors import UnsupportedError
+from relaxlm.quantization.kv_cache import KV_FORMATS
+from relaxlm.quantization.schemes import get_scheme
+from relaxlm.runtime import executor
+from tests import reference, tiny_model
+from tests.compiler.cuda_emulation import needs_compiler
+from tests.compiler.gpu_emulation import GpuEmulation
+from tests.compiler.test_cuda_model_logits import FAMILIES, random_parameters
+from tests.models import parity, test_deepseek, test_encoders
+from tests.models.parity import Compiled, tiny_config
+
+IDS = np.random.default_rng(5).integers(0, parity.VOCAB, 7)
+RAW = tiny_config("llama", num_hidden_layers=1, sliding_window=None)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """A context in which `Compiled` compiles for a GPU, and its kernels run on the CPU."""
+
+    def compile_model(*arguments, **options):
+        built = build.compile_model(*arguments, **options)
+        built.executable = built.executable.mod  # runs as it is, and cannot be exported
+        return built
+
+    @contextmanager
+    def context(kind):
+        with monkeypatch.context() as patch, GpuEmulation(kind, "random") as gpu:
+            patch.setattr(parity, "compile_model", compile_model)
+            # What starts the kernels is this machine's.
+            device = replace(resolve_device(kind), platform=this_platform())
+            patch.setattr(parity, "resolve_device", lambda _: device)
+            patch.setattr(executor, "_device", lambda library: gpu.device)
+            yield gpu
+
+    return context
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kind", "preset", "tolerance"),
+    [
+        ("metal", "q4f16_1", 1e-2),
+        ("metal", "q0f32", 2e-6),
+        ("opencl", "q4f16_1", 1e-2),
+        ("opencl", "q4f32_1", 2e-6),
+    ],
+)
+def test_logits_are_those_of_the_cpu(
+    emulated: Callable, kind: str, preset: str, tolerance: float
+) -> None:
+    params = random_parameters(RAW, get_scheme(preset))
+    with emulated(kind) as gpu:
+        compiled = Compiled(RAW, params, preset)
+        results = compiled.run([IDS, IDS[:5]], [3, 1, 3])
+        compiled.executor.copy_pages(np.array([0, 1], "int32"), np.array([40, 63], "int32"))
+        for tensor in compiled.executor._kv:
+            pages = tensor.numpy()
+            assert pages[0].any()
+            np.testing.assert_array_equal(pages[[40, 63]], pages[[0, 1]])
+    assert ("half" in "".join(gpu.sources)) == (preset == "q4f16_1")
+    expected = Compiled(RAW, params, preset, opt="O2").run([IDS, IDS[:5]], [3, 1, 3])
+    for ours, theirs in zip(results, expected, strict=True):
+        assert reference.relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("raw", "what"),
+    [
+        (test_encoders.bert(), "an encoder's attention"),
+        (FAMILIES["qwen2_moe"], "mixtures of experts"),
+        (test_deepseek.VARIANTS["dense"], "latent attention"),
+        (tiny_model.RECURRENT, "recurrent layers"),
+        (tiny_config("llama", head_dim=4096), "head_dim = 4096"),
+    ],
+    ids=["encoder", "experts", "latents", "recurrent", "large-head"],
+)
+def test_families_without_kernels_are_refused(raw: dict, what: str) -> None:
+    config, scheme = models.load_config(raw), get_scheme("q4f16_1")
+    for device in ("metal", "opencl", "rocm"):
+        with pytest.raises(UnsupportedError) as caught:
+            refuse_for_plain_gpu(config, scheme, KV_FORMATS["float16"], device)
+        assert str(caught.value) == (
+            f"{raw['model_type']}: {what} is not supported on {device}. Compile for the CPU: "
+            "--device cpu"
+        )
+
+
+def test_numbers_without_kernels_are_refused() -> None:
+    config, q4 = models.load_config(RAW), get_scheme("q4f16_1")
+    refuse_for_plain_gpu(config, q4, KV_FORMATS["float16"], "rocm")
+    with pytest.raises(UnsupportedError) as caught:
+        refuse_for_plain_gpu(config, get_scheme("q4bf16_1"), KV_FORMATS["float16"], "metal")
+    assert str(caught.value) == (
+        "quantization q4bf16_1 is not supported on metal, for which there are no kernels in "
+        "bfloat16. Use a preset in float16 or float32, such as q4f16_1"
+    )
+    for name in ("float8_e4m3", "bfloat16"):
+        with pytest.raises(UnsupportedError) as caught:
+            refuse_for_plain_gpu(config, q4, KV_FORMATS[name], "opencl")
+        assert str(caught.value) == (
+            f"kv_cache_dtype = {name} is not supported on opencl: its kernels have float16 and "
+            'float32. Use --overrides "kv_cache_dtype=float16"'
+        )
