@@ -54,6 +54,13 @@ ROWS = (
     Row("windows-x86_64", "symbols", WHEEL),
     Row("ios", "archive", "an app with TVM's runtime linked in"),
     Row("cuda:sm_80,sm_90", "kernels in emulation, and by nvcc", f"{WHEEL}, libcudart 13"),
+    Row("metal", "logits in emulation", f"{WHEEL}, on macOS on ARM"),
+    Row("metal:ios", "none", "an app with TVM's runtime linked in"),
+    Row("opencl", "logits in emulation", f"{NO_WHEEL}; an OpenCL driver"),
+    Row("opencl:android-arm64", "none", f"{NO_WHEEL}; an OpenCL driver"),
+    Row("rocm:gfx90a", "machine code", f"{NO_WHEEL}; AMD's driver"),
+    Row("rocm:gfx1100", "machine code", f"{NO_WHEEL}; AMD's driver"),
+    Row("webgpu", "the demo in Chromium", "a browser with WebGPU"),
     Row("wasm", "the demo's tokens in node", "a browser or node"),
 )
 

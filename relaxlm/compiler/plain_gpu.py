@@ -25,8 +25,9 @@ def refuse_for_plain_gpu(
     cpu = cpu if device == "webgpu" else "--device cpu"
     for what, found in (
         ("an encoder's attention", config.is_encoder),
-        ("mixtures of experts", getattr(config, "num_experts", None)),
         ("latent attention", config.latent_cache is not None),
+        ("latent attention", config.latent_cache is not None),
+        ("mixtures of experts", getattr(config, "num_experts", None)),
         ("attention with linear biases (ALiBi)", config.alibi_slopes is not None),
         ("attention in chunks", config.chunked_attention),
         (f"head_dim = {config.head_dim}", config.head_dim > MAX_QUERY),

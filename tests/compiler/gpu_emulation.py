@@ -10,6 +10,7 @@ or a type or function that is not emulated, does not compile.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Callable
@@ -46,10 +47,14 @@ class GpuEmulation:
 
     Args:
         order: in which order the threads of a workgroup take turns: a key of `ORDERS`.
+        driver: leave the kernels to this machine's OpenCL driver, which has to be PoCL, instead.
     """
 
-    def __init__(self, kind: Literal["metal", "opencl"], order: str = "forward") -> None:
+    def __init__(
+        self, kind: Literal["metal", "opencl"], order: str = "forward", driver: bool = False
+    ) -> None:
         assert use_cpu_memory(kind)
+        self.driver = driver
         self.kind, self.order, self.device = kind, order, tvm.runtime.device(kind)
         self.sources: list[str] = []
         self._replaced: dict[str, Any] = {}
@@ -86,8 +91,38 @@ class GpuEmulation:
         assert format == "cl"
         text = bytes(code).decode()
         self.sources.append(text)
+        if self.driver:
+            return load(_for_driver(text, functions))
         entries = [_entry(name, info) for name, info in functions.items()]
         return load("\n".join(['#include "gpu_emulation.hpp"', opencl_as_cpp(text), *entries]))
+
+
+def has_opencl_driver() -> bool:
+    """Whether the first OpenCL driver of this machine is PoCL, which runs kernels on CPUs."""
+    try:
+        library = ctypes.CDLL("libOpenCL.so.1")
+    except OSError:
+        return False
+    platform, name = ctypes.c_void_p(), ctypes.create_string_buffer(100)
+    if library.clGetPlatformIDs(1, ctypes.byref(platform), None):
+        return False
+    library.clGetPlatformInfo(
+        platform, 0x0902, ctypes.c_size_t(100), name, None
+    )  # CL_PLATFORM_NAME
+    return name.value == b"Portable Computing Language"
+
+
+def _for_driver(code: str, functions: Any) -> str:
+    lines = ['#include "opencl_driver.hpp"', f'static const char* source = R"CL({code})CL";']
+    for name, info in functions.items():
+        letters = {"handle": "p", "float32": "f"}
+        types = "".join(letters.get(str(dtype), "i") for dtype in info.arg_types)
+        tags = ", ".join(f'"{tag}"' for tag in info.launch_param_tags)
+        lines.append(
+            f'extern "C" int __tvm_ffi_{name}(void*, const TVMFFIAny* args, int32_t, TVMFFIAny*) '
+            f'{{ return driver::run(source, "{name}", "{types}", {{{tags}}}, args); }}'
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _common(code: str) -> str:

@@ -21,7 +21,7 @@ from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime import executor
 from tests import reference, tiny_model
 from tests.compiler.cuda_emulation import needs_compiler
-from tests.compiler.gpu_emulation import GpuEmulation
+from tests.compiler.gpu_emulation import GpuEmulation, has_opencl_driver
 from tests.compiler.test_cuda_model_logits import FAMILIES, random_parameters
 from tests.models import parity, test_deepseek, test_encoders
 from tests.models.parity import Compiled, tiny_config
@@ -40,8 +40,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable:
         return built
 
     @contextmanager
-    def context(kind):
-        with monkeypatch.context() as patch, GpuEmulation(kind, "random") as gpu:
+    def context(kind, driver=False):
+        with monkeypatch.context() as patch, GpuEmulation(kind, "random", driver) as gpu:
             patch.setattr(parity, "compile_model", compile_model)
             # What starts the kernels is this machine's.
             device = replace(resolve_device(kind), platform=this_platform())
@@ -52,21 +52,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable:
     return context
 
 
-@needs_compiler
-@pytest.mark.parametrize(
-    ("kind", "preset", "tolerance"),
-    [
-        ("metal", "q4f16_1", 1e-2),
-        ("metal", "q0f32", 2e-6),
-        ("opencl", "q4f16_1", 1e-2),
-        ("opencl", "q4f32_1", 2e-6),
-    ],
-)
-def test_logits_are_those_of_the_cpu(
-    emulated: Callable, kind: str, preset: str, tolerance: float
+def check_logits(
+    emulated: Callable, kind: str, preset: str, tolerance: float, driver: bool
 ) -> None:
     params = random_parameters(RAW, get_scheme(preset))
-    with emulated(kind) as gpu:
+    with emulated(kind, driver) as gpu:
         compiled = Compiled(RAW, params, preset)
         results = compiled.run([IDS, IDS[:5]], [3, 1, 3])
         compiled.executor.copy_pages(np.array([0, 1], "int32"), np.array([40, 63], "int32"))
@@ -78,6 +68,23 @@ def test_logits_are_those_of_the_cpu(
     expected = Compiled(RAW, params, preset, opt="O2").run([IDS, IDS[:5]], [3, 1, 3])
     for ours, theirs in zip(results, expected, strict=True):
         assert reference.relative_error(ours, theirs) < tolerance
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kind", "preset", "tolerance"),
+    [("metal", "q4f16_1", 4e-3), ("metal", "q0f32", 2e-6), ("opencl", "q4f16_1", 4e-3)],
+)
+def test_logits_are_those_of_the_cpu(
+    emulated: Callable, kind: str, preset: str, tolerance: float
+) -> None:
+    check_logits(emulated, kind, preset, tolerance)
+
+
+@needs_compiler
+@pytest.mark.skipif(not has_opencl_driver(), reason="there is no PoCL")
+def test_logits_of_an_opencl_driver_are_those_of_the_cpu(emulated: Callable) -> None:
+    check_logits(emulated, "opencl", "q4f32_1", 2e-6, driver=True)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ KERNELS = {
     "cuda": StateKernels(
         cuda_state.scan_kernel, cuda_state.conv_kernel, cuda_state.previous_row_kernel
     ),
-    "webgpu": StateKernels(
+    "gpu": StateKernels(
         gpu_state.scan_kernel,
         gpu_state.conv_kernel,
         gpu_state.previous_row_kernel,
