@@ -60,7 +60,7 @@ ROWS = (
     Row("opencl:android-arm64", "none", f"{NO_WHEEL}; an OpenCL driver"),
     Row("rocm:gfx90a", "machine code", f"{NO_WHEEL}; AMD's driver"),
     Row("rocm:gfx1100", "machine code", f"{NO_WHEEL}; AMD's driver"),
-    Row("webgpu", "the demo in Chromium", "a browser with WebGPU"),
+    Row("webgpu", "logits in Node.js, the demo in Chromium", "a browser with WebGPU"),
     Row("wasm", "the demo's tokens in node", "a browser or node"),
 )
 

@@ -26,7 +26,6 @@ def refuse_for_plain_gpu(
     for what, found in (
         ("an encoder's attention", config.is_encoder),
         ("latent attention", config.latent_cache is not None),
-        ("latent attention", config.latent_cache is not None),
         ("mixtures of experts", getattr(config, "num_experts", None)),
         ("attention with linear biases (ALiBi)", config.alibi_slopes is not None),
         ("attention in chunks", config.chunked_attention),

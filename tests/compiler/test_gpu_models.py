@@ -19,11 +19,11 @@ from relaxlm.errors import UnsupportedError
 from relaxlm.quantization.kv_cache import KV_FORMATS
 from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime import executor
-from tests import reference, tiny_model
+from tests import reference
 from tests.compiler.cuda_emulation import needs_compiler
 from tests.compiler.gpu_emulation import GpuEmulation, has_opencl_driver
 from tests.compiler.test_cuda_model_logits import FAMILIES, random_parameters
-from tests.models import parity, test_deepseek, test_encoders
+from tests.models import parity, test_alibi, test_deepseek, test_encoders
 from tests.models.parity import Compiled, tiny_config
 
 IDS = np.random.default_rng(5).integers(0, parity.VOCAB, 7)
@@ -93,10 +93,10 @@ def test_logits_of_an_opencl_driver_are_those_of_the_cpu(emulated: Callable) -> 
         (test_encoders.bert(), "an encoder's attention"),
         (FAMILIES["qwen2_moe"], "mixtures of experts"),
         (test_deepseek.VARIANTS["dense"], "latent attention"),
-        (tiny_model.RECURRENT, "recurrent layers"),
+        (test_alibi.mpt(), "attention with linear biases (ALiBi)"),
         (tiny_config("llama", head_dim=4096), "head_dim = 4096"),
     ],
-    ids=["encoder", "experts", "latents", "recurrent", "large-head"],
+    ids=["encoder", "experts", "latents", "alibi", "large-head"],
 )
 def test_families_without_kernels_are_refused(raw: dict, what: str) -> None:
     config, scheme = models.load_config(raw), get_scheme("q4f16_1")
