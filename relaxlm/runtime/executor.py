@@ -77,8 +77,10 @@ class Executor:
         self._hidden, self._embeddings = machine["hidden_states"], machine["embeddings"]
         if self.metadata.model_task == "chat":
             self._forward = machine["forward"]
-            self._peaks = machine["peaks"]
-            self._gather: Any = machine["gather_logits"] if self.on_gpu else None
+            # Kernels that choose from logits are the CPU's and CUDA's.
+            plain = self.metadata.target.kind in gpu.PLAIN_GPUS
+            self._peaks: Any = None if plain else machine["peaks"]
+            self._gather: Any = machine["gather_logits"] if self.on_gpu and not plain else None
         if not self.metadata.is_encoder:
             self._copy = machine["copy_pages"]
         # What `download` finds out about every tensor is known of these.
@@ -147,6 +149,9 @@ class Executor:
         assert 0 <= first and last < len(input_ids)
         inputs = self._inputs((input_ids, *tables[: self._tables], logit_positions))
         logits = self._forward(*inputs, *self._cache, self._params)
+
+        if self._peaks is None:
+            return StepLogits(self._read(logits))
 
         def peaks() -> np.ndarray:
             return self._read(self._peaks(logits))
