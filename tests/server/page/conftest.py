@@ -28,7 +28,7 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PATIENCE_MS = 15_000  # on a machine that is busy with something else
+PATIENCE_MS = 60_000  # on a machine that is busy with something else
 DESKTOP = {"width": 1280, "height": 800}
 
 OpenPage = Callable[..., "Page"]
