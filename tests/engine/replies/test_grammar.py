@@ -125,8 +125,10 @@ def hints(found: ReplyFormat) -> list[str]:
 
 
 def has_tokens(name: str) -> list[bool]:
-    """Whether the marks are special tokens; both but for harmony, whose always are."""
-    return [True] if name == "harmony" else [True, False]
+    """Whether the marks are special tokens; both but for harmony, whose always are, and for those
+    that phi4 speaks for.
+    """
+    return [True] if name in {"harmony", *LIKE_PHI4} else [True, False]
 
 
 @pytest.mark.parametrize(
