@@ -62,7 +62,7 @@ def bench(
     info = session.executor.metadata
     typer.echo(
         f"{folder}: {info.model_type}, {info.quantization}, {cache_name(info)}; "
-        f"{info.target.kind}, {os.environ[VARIABLE]} threads"
+        f"{session.executor.library.device}, {os.environ[VARIABLE]} threads"
     )
     # Nothing is shown where output is no terminal.
     with Console(stderr=True).status("") as status:

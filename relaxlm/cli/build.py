@@ -48,6 +48,8 @@ def build(
     compile(folder, library, device, None, arch, overrides, verbose=verbose)
     if target.suffix == ".wasm":
         typer.echo("It runs in browsers and in Node.js: docs/web.md")
+    elif not target.platform.is_here:
+        typer.echo(f"It runs on {target.platform.name}: docs/targets.md")
     elif config.model_task == "embedding":
         typer.echo(f"Embed texts: relaxlm embed {folder} --model-lib {library} --text ...")
     else:

@@ -29,7 +29,7 @@ def compile(
             "opencl, rocm; in browsers, webgpu or wasm (the CPU); or another machine's CPU: "
             "linux-arm64, linux-x86_64, linux-riscv64, android-arm64, "
             "macos-arm64, macos-x86_64, windows-x86_64, ios (docs/targets.md). "
-            "--arch may follow: cuda:sm_90, rocm:gfx942, cpu:x86-64-v3.",
+            "--arch may follow: cuda:sm_90, rocm:gfx942, cpu:x86-64-v3, cpu:portable.",
         ),
     ] = "auto",
     quantization: Annotated[
@@ -41,8 +41,10 @@ def compile(
         typer.Option(
             "--arch",
             help="cuda: sm_80,sm_90 and so on; default: this machine's GPU. "
-            "cpu: native (default), x86-64-v2, -v3, -v4, or any processor that LLVM knows, "
-            "such as znver4. rocm: gfx90a, gfx942, gfx1100 and so on. metal, opencl: the machine "
+            "cpu: native (default), a level such as x86-64-v3, or any processor that LLVM knows, "
+            "such as znver4; several, separated by commas, for one library with a version of its "
+            "code for each; portable: the levels with kernels of their own (docs/targets.md). "
+            "rocm: gfx90a, gfx942, gfx1100 and so on. metal, opencl: the machine "
             "that loads the library, such as ios, android-arm64.",
         ),
     ] = None,
@@ -100,4 +102,5 @@ def compile(
             print_kernels(compiled.kernels)
     target = request.device
     seconds = sum(compiled.seconds.values())
-    typer.echo(f"wrote {output}: {target.kind} {','.join(target.arch)}, {seconds:.1f} s")
+    names = ",".join(arch for one in target.versions for arch in one.arch)
+    typer.echo(f"wrote {output}: {target.kind} {names}, {seconds:.1f} s")

@@ -44,11 +44,11 @@ def demo(
     typer.echo(
         "This is a toy model that the project trained itself: it knows a made-up village, short\n"
         f"stories and small sums, and nothing else.\n\n$ relaxlm build {MODEL_DIR} "
-        f"--quantization {quantization} --device {target.kind} -o {folder}"
+        f"--quantization {quantization} --device {device} -o {folder}"
     )
     started = time.perf_counter()
-    build(MODEL_DIR, folder, quantization, target.kind)
-    library = next(folder.glob(f"*-{target.kind}{target.suffix}"))
+    build(MODEL_DIR, folder, quantization, device)
+    library = next(folder.glob(f"*-{target.name}{target.suffix}"))
     built = time.perf_counter() - started
     module = ChatModule(folder, model_lib=library)
     typer.echo(f"\nbuilt in {built:.1f} s, loaded in {module.load_seconds:.1f} s\n")

@@ -23,8 +23,13 @@ def estimate(
     from relaxlm.compiler.request import CompileRequest
 
     request = CompileRequest.read(source, quantization, device, arch, overrides)
-    info = describe_model(
-        request.config, request.raw, request.scheme, request.device, request.options
+    # Of a library with several versions, the one that takes the most.
+    info = max(
+        (
+            describe_model(one.config, one.raw, one.scheme, one.device, one.options)
+            for one in (request, *request.further)
+        ),
+        key=lambda info: info.step_bytes,
     )
     typer.echo(f"{source}: {info.model_type}, for {request.device.kind}")
     print_memory(info)

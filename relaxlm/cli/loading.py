@@ -45,7 +45,7 @@ def load_module(
         )
     info = module.library.metadata
     typer.echo(
-        f"{folder}: {info.model_type}, {info.quantization}, {info.target.kind}; "
+        f"{folder}: {info.model_type}, {info.quantization}, {module.library.device}; "
         f"loaded in {module.load_seconds:.1f} s\nmemory:",
         err=True,
     )

@@ -284,12 +284,13 @@ def _load(
 def _memory_lines(engine: "EngineLoop") -> list[str]:
     from relaxlm.files import format_bytes
 
-    info, plan = engine.model.library.metadata, engine.plan
+    library, plan = engine.model.library, engine.plan
+    info = library.metadata
     memory = plan.cache.nbytes(info)
     tokens = plan.cache.pages * info.kv_cache.page_size
     temporary = info.step_bytes
     lines = [
-        f"{engine.model.folder}: {info.model_type}, {info.quantization}, {info.target.kind}; up to "
+        f"{engine.model.folder}: {info.model_type}, {info.quantization}, {library.device}; up to "
         f"{plan.limits.sequences} requests at a time, {plan.context} tokens each",
         "memory:",
         f"  parameters        {format_bytes(info.memory.params):>9}  {info.quantization}",

@@ -111,7 +111,7 @@ def verify(
         )
     info, memory = job.library.metadata, job.memory_estimate()
     typer.echo(
-        f"{job.library.path}: {info.model_type}, {info.quantization}, {info.target.kind}, "
+        f"{job.library.path}: {info.model_type}, {info.quantization}, {job.library.device}, "
         f"{cache_name(info)}; weights in {job.weights.path}"
     )
     parts = zip(("the original", "the library", "results"), memory, strict=True)

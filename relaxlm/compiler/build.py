@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,11 +88,17 @@ class CompiledModel:
     seconds: dict[str, float]
     kernels: list[KernelReport] = field(default_factory=list)
 
-    def save(self, output: Path, progress: Progress = lambda stage, share: None) -> None:
+    def save(
+        self,
+        output: Path,
+        progress: Progress = lambda stage, share: None,
+        objects: Sequence[Path] = (),
+    ) -> None:
         """Write the library; it appears under its name only when complete.
 
         Args:
             progress: called if something has to be made first that later libraries need, too.
+            objects: further object files to link.
 
         Raises:
             ConfigError: the suffix does not fit the target.
@@ -108,7 +114,11 @@ class CompiledModel:
         else:
             platform = self.device.platform
             linker = None if platform.is_here else zig_linker(platform)
-        export_library(self.executable, output, linker, lambda path: self._check(path, output))
+
+        def check(path: Path) -> None:
+            self._check(path, output)
+
+        export_library(self.executable, output, linker, check, objects)
 
     def _check(self, library: Path, name: Path) -> None:
         if self.device.kind == "cuda":

@@ -103,6 +103,7 @@ def export_library(
     output: Path,
     linker: LinksObjects | None = None,
     check: Callable[[Path], object] = lambda path: None,
+    objects: Sequence[Path] = (),
 ) -> None:
     """Write a compiled module as a library, or as a `.tar` of its object files.
 
@@ -113,6 +114,7 @@ def export_library(
         output: the file to write; missing parent folders are made.
         linker: the result of `find_linker` if None. A `.tar` needs none.
         check: raises if the file, which has another name until then, is not to be used.
+        objects: files to link besides those of the module.
 
     Raises:
         ToolchainError: there is no linker, or it failed.
@@ -123,8 +125,8 @@ def export_library(
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
 
-    def fcompile(name: str, objects: Sequence[str], **_: Any) -> None:
-        linker.link(Path(name), objects)
+    def fcompile(name: str, own: Sequence[str], **_: Any) -> None:
+        linker.link(Path(name), [*own, *objects])
 
     fcompile.object_format = "o"  # type: ignore[attr-defined]  # what TVM asks a linker function
     try:

@@ -18,16 +18,35 @@ from relaxlm.runtime import cpu
 _LEVEL_2 = ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3")
 _LEVEL_3 = (*_LEVEL_2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
 _LEVEL_4 = (*_LEVEL_3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+_VNNI = (*_LEVEL_4, "avx512vnni")
+_AMX = (*_VNNI, "avx512bf16", "amx-bf16", "amx-int8", "amx-tile")
 # The first versions of ARM's 64-bit architecture with dot products, and with matrices of bytes.
 _ARM = ("fp-armv8", "neon")
 _ARM_DOT = (*_ARM, "crc", "dotprod", "fullfp16", "lse", "rdm")
 CPU_LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"x86-64-v2": _LEVEL_2, "x86-64-v3": _LEVEL_3, "x86-64-v4": _LEVEL_4},
+    "x86_64": {
+        "x86-64-v2": _LEVEL_2,
+        "x86-64-v3": _LEVEL_3,
+        "x86-64-v3+avxvnni": (*_LEVEL_3, "avxvnni"),
+        "x86-64-v4": _LEVEL_4,
+        "x86-64-v4+vnni": _VNNI,
+        "x86-64-v4+vnni+bf16": (*_VNNI, "avx512bf16"),
+        "x86-64-v4+amx": _AMX,
+    },
     "aarch64": {
         "armv8-a": _ARM,
         "armv8.2-a+dotprod": _ARM_DOT,
         "armv8.6-a": (*_ARM_DOT, "bf16", "complxnum", "i8mm", "jsconv", "rcpc"),
     },
+}
+
+# The levels that differ in their fastest kernels: what `--arch portable` stands for. Nothing is
+# gained by SVE, whose vectors have no size that kernels could be laid out for; of x86-64-v4 alone,
+# which few processors have, dot products are those of x86-64-v3.
+PORTABLE = "portable"
+_PORTABLE = {
+    "x86_64": tuple(level for level in CPU_LEVELS["x86_64"] if level != "x86-64-v4"),
+    "aarch64": tuple(CPU_LEVELS["aarch64"]),
 }
 
 
@@ -63,6 +82,11 @@ class Platform:
     def is_static(self) -> bool:
         """Whether programs have libraries linked into them, and load none."""
         return ".a" in self.suffixes
+
+    @property
+    def runs_python(self) -> bool:
+        """Whether relaxlm's runtime could be there, and choose among a library's versions."""
+        return self.system in ("linux", "darwin", "win32") and self.level is not None
 
 
 def _linux(name: str, arch: str, zig: str, level: str | None, **attributes: Any) -> Platform:
@@ -128,6 +152,20 @@ def this_platform() -> Platform:
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     name = f"{cpu.system()}-{cpu.architecture()}"
     return Platform(name, cpu.architecture(), cpu.system(), (suffix, ".tar"))
+
+
+def portable_levels(platform: Platform) -> tuple[str, ...]:
+    """What `--arch portable` stands for, from the plainest level on.
+
+    Levels are left out that the runtime could not find on that operating system, and, on macOS,
+    those plainer than every Mac that it runs on.
+    """
+    levels = CPU_LEVELS.get(platform.cpu, {})
+    needed = set(levels.get(platform.level or "", ())) if platform.system == "darwin" else set()
+    found = cpu.found_features(platform.system, platform.cpu)
+    return tuple(
+        level for level in _PORTABLE.get(platform.cpu, ()) if needed <= set(levels[level]) <= found
+    )
 
 
 def features_of(platform: Platform, arch: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What to compile, put together from a folder and command-line options, and checked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,18 @@ CHAT_CONFIG = "mlc-chat-config.json"
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """Everything `compile_model` needs; `raw` is the model's configuration as read."""
+    """Everything `compile_model` needs; `raw` is the model's configuration as read.
+
+    `further` are the requests of the other versions of a library for several CPUs, in the order of
+    `device.further`; their options differ in what each CPU has kernels for.
+    """
 
     config: DecoderConfig
     raw: Mapping[str, Any]
     scheme: Scheme
     device: DeviceTarget
     options: CompileOptions
+    further: tuple["CompileRequest", ...] = ()
 
     @staticmethod
     def read(
@@ -70,9 +75,14 @@ class CompileRequest:
         raw, _ = models.raw_config(path)
         config = models.load_config(path)
         target = resolve_device(device, arch)
-        opt = opt_for(with_saved_tuning(opt, target), scheme, target)
-        options = CompileOptions.resolve(config, scheme, chat, overrides, opt)
-        return CompileRequest(config, raw, scheme, target, options)
+
+        def version(one: DeviceTarget) -> CompileRequest:
+            own = opt_for(with_saved_tuning(opt, one), scheme, one)
+            options = CompileOptions.resolve(config, scheme, chat, overrides, own)
+            return CompileRequest(config, raw, scheme, one, options)
+
+        plainest, *further = map(version, target.versions)
+        return replace(plainest, device=target, further=tuple(further))
 
     def identity(self) -> dict[str, Any]:
         """All that decides the content of the library, as JSON values."""
@@ -81,10 +91,18 @@ class CompileRequest:
             "scheme": self.scheme.name,
             "device": self.device.describe(),
             "options": {**vars(self.options), "kv_format": self.options.kv_format.name},
+            "further": [other.identity() for other in self.further],
         }
 
     def compile(self, **arguments: Any):  # -> CompiledModel, whose module imports TVM
-        """Run `compile_model` on it; takes its `debug_dump` and `progress`."""
+        """Run `compile_model` on it; takes its `debug_dump` and `progress`.
+
+        With several versions, the result is a `CompiledVersions`, which is used in the same way.
+        """
+        if self.further:
+            from relaxlm.compiler.multiversion import compile_versions
+
+            return compile_versions(self, **arguments)
         from relaxlm.compiler.build import compile_model
 
         return compile_model(

@@ -16,15 +16,18 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from relaxlm.compiler.kernels.isa import NEEDS, best_isa
 from relaxlm.compiler.platforms import (
     PLATFORMS,
+    PORTABLE,
     WEB,
     Platform,
     features_of,
+    portable_levels,
     this_platform,
 )
 from relaxlm.errors import CompileError, ConfigError, UnsupportedError
@@ -142,12 +145,19 @@ class DeviceTarget:
         cpu_features: LLVM names, sorted, of what the CPU code in the library may use beyond the
             architecture's baseline. Empty for GPUs: host code only launches kernels.
         platform: the machine that the library is loaded on.
+        further: with code for several CPUs in one library, those after this one, the plainest.
     """
 
     kind: Kind
     arch: tuple[str, ...]
     cpu_features: tuple[str, ...]
     platform: Platform = field(default_factory=this_platform)
+    further: tuple[DeviceTarget, ...] = ()
+
+    @property
+    def versions(self) -> tuple[DeviceTarget, ...]:
+        """Each that the library has code for by itself, from the plainest to the best."""
+        return (replace(self, further=()), *self.further)
 
     @property
     def suffix(self) -> str:
@@ -206,6 +216,7 @@ class DeviceTarget:
         return {
             "kind": self.kind,
             "arch": list(self.arch),
+            "versions": [one.arch[0] for one in self.versions] if self.further else [],
             "system": self.platform.system,
             "cpu": self.platform.cpu,
             "cpu_features": list(self.cpu_features),
@@ -223,6 +234,11 @@ class DeviceTarget:
                 f"output {path}: a library for {self.name} is a *{library} file, not "
                 f"'{path.suffix}'" + "".join(f"; *{one} holds object files" for one in others)
             )
+        if self.further and path.suffix == ".tar":
+            raise ConfigError(
+                f"output {path}: object files are for one version of the code, not for "
+                f"{', '.join(one.arch[0] for one in self.versions)}; name one of them with --arch"
+            )
 
 
 def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
@@ -233,9 +249,10 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
             `PLATFORMS`; the architecture may follow behind a colon, "cpu:x86-64-v3".
         arch: cuda: comma-separated real architectures, "sm_80,sm_90"; the machine's GPUs if None.
             cpu: "native" (the same as None), a level of `CPU_LEVELS` or a processor that LLVM
-            knows. Platforms: the same but "native"; None is the platform's own level. metal,
-            opencl: one of `HOSTS`, the first or this machine if None. rocm: one of
-            `ROCM_ARCHITECTURES`. wasm, webgpu: none.
+            knows. Platforms: the same but "native"; None is the platform's own level. Several,
+            separated by commas, for a library that has a version of its code for each; "portable"
+            are those of `portable_levels`. metal, opencl: one of `HOSTS`, the first or this machine
+            if None. rocm: one of `ROCM_ARCHITECTURES`. wasm, webgpu: none.
 
     Raises:
         ConfigError: an unknown device or architecture, or no GPU to take the architecture from.
@@ -264,11 +281,15 @@ def resolve_device(device: str, arch: str | None = None) -> DeviceTarget:
     if device == "rocm":
         return _rocm(arch)
     platform = PLATFORMS.get(device)
-    if platform is None:
-        return _cpu(arch)
-    arch = arch or platform.level
-    features = features_of(platform, arch) if arch else ()
-    return DeviceTarget("cpu", (arch,) if arch else (), features, platform)
+    here = platform is None
+    platform = platform or this_platform()
+    arch = arch or ("native" if here else platform.level)
+    if arch is None:
+        return DeviceTarget("cpu", (), (), platform)
+    versions = [_cpu(name, platform, here) for name in _cpu_names(arch, platform)]
+    # By the kernels of the most work, then by the number of extensions; as named where all agree.
+    versions.sort(key=lambda one: (-_rank(one), len(one.cpu_features)))
+    return replace(versions[0], further=tuple(versions[1:]))
 
 
 def usable_gpu() -> bool:
@@ -326,10 +347,36 @@ def arch_number(arch: str) -> int:
     return int(arch.removeprefix("sm_"))
 
 
-def _cpu(arch: str | None) -> DeviceTarget:
-    if arch is None or arch == "native":
-        return DeviceTarget("cpu", ("native",), tuple(sorted(cpu.host_cpu_features())))
-    return DeviceTarget("cpu", (arch,), features_of(this_platform(), arch))
+def _cpu_names(text: str, platform: Platform) -> list[str]:
+    """The CPUs in "x86-64-v2,x86-64-v3", each once.
+
+    Raises:
+        ConfigError: a name is missing, or several are for a platform without relaxlm's runtime.
+    """
+    names: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if not name:
+            raise ConfigError(f"arch '{text}': a name is missing between commas")
+        levels = portable_levels(platform) if name == PORTABLE else ()
+        names += levels or [name]
+    if len(set(names)) > 1 and not platform.runs_python:
+        raise ConfigError(
+            f"arch '{text}': nothing chooses among versions of a library for {platform.name} when "
+            "it is loaded; name one processor or level"
+        )
+    return list(dict.fromkeys(names))
+
+
+def _cpu(arch: str, platform: Platform, here: bool) -> DeviceTarget:
+    if here and arch == "native":
+        return DeviceTarget("cpu", ("native",), tuple(sorted(cpu.host_cpu_features())), platform)
+    return DeviceTarget("cpu", (arch,), features_of(platform, arch), platform)
+
+
+def _rank(device: DeviceTarget) -> int:
+    """The place of a CPU's dot products among all, from the best on."""
+    isa = best_isa(device.cpu_features.__contains__)
+    return len(NEEDS) if isa is None else list(NEEDS).index(isa)
 
 
 def _browser(device: str, arch: str | None) -> DeviceTarget:
@@ -406,6 +453,7 @@ def _llvm_target(device: DeviceTarget, opt_level: int) -> tvm.target.Target:
     if not platform.level:
         return Target(known)
     name = codegen.llvm_get_system_cpu() if device.arch == ("native",) else device.arch[0]
+    name = name if platform.cpu != "x86_64" else name.partition("+")[0]
     if codegen.llvm_is_valid_cpu(name, platform.triple):
         known["mcpu"] = name
     wanted = set(device.cpu_features)

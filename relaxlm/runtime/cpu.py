@@ -136,12 +136,12 @@ _MACOS_X86 = {
 # runs on has the rest of x86-64-v3, too; of AVX-512 it reports the foundation alone.
 _WINDOWS_X86 = {
     13: ("sse3",),
-    14: ("cx16",),
+    14: ("cx16", "sahf"),  # of 64-bit processors, Windows 8.1 and later take those that have both
     36: ("ssse3",),
     37: ("sse4.1",),
     38: ("sse4.2", "popcnt"),
     39: ("avx",),
-    40: ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe", "sahf"),
+    40: ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe"),
 }
 _WINDOWS_ARM = {
     18: ("neon", "fp-armv8"),
@@ -169,6 +169,16 @@ def tracked_features(arch: str | None = None) -> frozenset[str]:
     return frozenset(
         {"x86_64": X86_FEATURES, "aarch64": ARM_FEATURES}.get(arch or architecture(), {})
     )
+
+
+def found_features(system: str, arch: str) -> frozenset[str]:
+    """Those that this module can find on a machine, if it has them, by what its system reports."""
+    if system == "darwin":
+        return frozenset(_MACOS_ARM if arch == "aarch64" else _MACOS_X86)
+    if system == "win32":
+        table = _WINDOWS_ARM if arch == "aarch64" else _WINDOWS_X86
+        return frozenset(name for names in table.values() for name in names)
+    return tracked_features(arch)
 
 
 @functools.cache

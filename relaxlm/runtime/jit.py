@@ -104,7 +104,7 @@ def _seen(folder: Path, device: str, overrides: str | None, opt: str | None) -> 
     texts = [file.read_bytes().hex() for file in files if file.is_file()]
     if not texts:
         return None
-    target = resolve_device(device).describe()
+    target = [version.describe() for version in resolve_device(device).versions]
     tuning = str(saved(cache_folder()))
     identity = {
         "files": texts,

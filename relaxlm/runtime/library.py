@@ -3,7 +3,7 @@
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,13 @@ from pydantic import ValidationError
 
 from relaxlm.errors import ConfigError, LibraryError
 from relaxlm.files import refuse_lfs_pointer
-from relaxlm.runtime import cpu, gpu, tvm_runtime
+from relaxlm.runtime import cpu, gpu, multiversion, tvm_runtime
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.metadata import CONTRACT, LibraryMetadata
 from relaxlm.versions import PINNED, RELAXLM_VERSION, check_versions
 
 # First bytes of what a shared library can be: ELF, Mach-O (64 bit, universal), Windows.
 _MAGIC = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"MZ")
-
-# Levels of `compiler/platforms.py` that most machines have.
-_PORTABLE = {"x86_64": "x86-64-v3", "aarch64": "armv8-a"}
 
 # Keys of config.json that change what a model computes and not the shapes of its weights.
 _NOT_IN_SHAPES = (
@@ -43,15 +40,30 @@ class Library:
 
     Attributes:
         path: the file, for messages.
-        metadata: what it says of itself.
+        metadata: what it says of itself, or of its version that was loaded.
+        versions: the names of those that the file holds, if it holds several.
     """
 
-    def __init__(self, module: Any, metadata: LibraryMetadata, path: Path) -> None:
+    def __init__(
+        self, module: Any, metadata: LibraryMetadata, path: Path, versions: Sequence[str] = ()
+    ) -> None:
         self.module, self.metadata, self.path = module, metadata, path
+        self.versions = tuple(versions)
+
+    @property
+    def device(self) -> str:
+        """For people: "cpu"; with several versions, also which of them runs."""
+        target = self.metadata.target
+        if not self.versions:
+            return target.kind
+        return f"{target.kind} ({target.arch[0]}, of {', '.join(self.versions)})"
 
     @staticmethod
     def load(path: Path | str) -> "Library":
         """Load a library file and check that it can run here.
+
+        Of a library with several versions, the best one that can run here is loaded, or the one
+        that the environment variable RELAXLM_CPU_VERSION names.
 
         Raises:
             LibraryError: not a library of relaxlm; made by another release; or made for a CPU
@@ -61,14 +73,18 @@ class Library:
         path = Path(path)
         _check_file(path)
         module = _load_module(path)
-        try:
-            # The VM's byte code returns the text; no machine code of the model runs for it.
-            text = str(tvm_runtime.machine(module, tvm_runtime.device("cpu"))["_metadata"]())
-        except Exception as error:
-            raise _not_ours(path, error) from None
-        metadata = parse_metadata(text, path)
+        metadata = _read_metadata(module, path)
+        versions = metadata.target.versions
+        if versions:
+            _check_made_for(metadata, path)
+            version = multiversion.choose(multiversion.read_index(path), path)
+            if version.name != versions[0]:
+                module = multiversion.load(version, path)
+                metadata = _read_metadata(module, path)
+        elif metadata.target.kind == "cpu":
+            multiversion.refuse_other_versions(metadata.target.arch, path)
         check_runs_here(metadata, path)
-        return Library(module, metadata, path)
+        return Library(module, metadata, path, versions)
 
 
 def check_runs_here(metadata: LibraryMetadata, path: Path | str) -> None:
@@ -77,24 +93,33 @@ def check_runs_here(metadata: LibraryMetadata, path: Path | str) -> None:
     Raises:
         LibraryError: names the difference and the command that mends it.
     """
-    again = "compile it again here: relaxlm compile FOLDER --device " + metadata.target.kind
+    _check_made_for(metadata, path)
+    missing = cpu.missing_features(metadata.target.cpu_features)
+    if missing:
+        raise LibraryError(
+            f"{path} needs CPU features that this machine lacks: {', '.join(missing)}; "
+            f"{_again(metadata)}, or for many machines with --arch portable"
+        )
+
+
+def _again(metadata: LibraryMetadata) -> str:
+    return "compile it again here: relaxlm compile FOLDER --device " + metadata.target.kind
+
+
+def _check_made_for(metadata: LibraryMetadata, path: Path | str) -> None:
+    """Compare the releases, operating system and architecture, and not yet the extensions."""
     for package, version in {"relaxlm": RELAXLM_VERSION, **PINNED}.items():
         found = metadata.versions.get(package)
         if found != version:
             raise LibraryError(
-                f"{path} was compiled with {package} {found}, this is {package} {version}; {again}"
+                f"{path} was compiled with {package} {found}, this is {package} {version}; "
+                + _again(metadata)
             )
     target = metadata.target
     if (target.cpu, target.system) != (cpu.architecture(), cpu.system()):
         raise LibraryError(
             f"{path} was compiled for {target.system} on {target.cpu}, this machine is "
-            f"{cpu.system()} on {cpu.architecture()}; {again}"
-        )
-    missing = cpu.missing_features(target.cpu_features)
-    if missing:
-        raise LibraryError(
-            f"{path} needs CPU features that this machine lacks: {', '.join(missing)}; {again}, "
-            f"or for many machines with --arch {_PORTABLE.get(target.cpu, 'native')}"
+            f"{cpu.system()} on {cpu.architecture()}; {_again(metadata)}"
         )
 
 
@@ -167,6 +192,15 @@ def _load_module(path: Path) -> Any:
     if gpu.why_missing(kind):
         raise gpu.missing_gpu(path, kind)
     return tvm_runtime.load_module(path)
+
+
+def _read_metadata(module: Any, path: Path) -> LibraryMetadata:
+    try:
+        # The VM's byte code returns the text; no machine code of the model runs for it.
+        text = str(tvm_runtime.machine(module, tvm_runtime.device("cpu"))["_metadata"]())
+    except Exception as error:
+        raise _not_ours(path, error) from None
+    return parse_metadata(text, path)
 
 
 def _not_ours(path: Path, error: Exception) -> LibraryError:

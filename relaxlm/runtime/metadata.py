@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 # Counts changes of the contract between library and runtime; they must agree.
-CONTRACT = 5
+CONTRACT = 6
 
 
 class _Strict(BaseModel):
@@ -15,11 +15,14 @@ class _Strict(BaseModel):
 class TargetInfo(_Strict):
     """What the code runs on; `cpu_features` are LLVM's names of extensions the code may use.
 
-    `system` and `cpu` are those of the machine, as `runtime/cpu.py` calls them.
+    `system` and `cpu` are those of the machine, as `runtime/cpu.py` calls them. `versions` are the
+    names of those that the file holds (`runtime/multiversion.py`), from the plainest to the best;
+    none in a library of one version, nor in those within another.
     """
 
     kind: str
     arch: list[str]
+    versions: list[str]
     system: str
     cpu: str
     cpu_features: list[str]

@@ -79,6 +79,17 @@ def load_module(path: Path | str) -> Any:
     return tvm_ffi.load_module(str(path))
 
 
+def load_library(path: str) -> Any:
+    """The same for a shared library whatever its file is called."""
+    load()
+    import tvm_ffi
+
+    module = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")(path, "so")
+    # As `tvm_ffi.load_module` does: what a library has made may outlive what holds on to it.
+    tvm_ffi.get_global_func("ffi.ModuleGlobalsAdd")(module)
+    return module
+
+
 def device(kind: str) -> Any:
     """The first device of a kind, such as "cpu" or "metal"; it may not be there."""
     load()

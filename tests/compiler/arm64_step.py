@@ -1,6 +1,7 @@
 """Runs in a 64-bit ARM Python: steps of a library, on the weights of a folder, without a compiler.
 
-python arm64_step.py LIBRARY FOLDER OUT.npz: one prompt in two chunks, then a token.
+python arm64_step.py LIBRARY FOLDER OUT.npz: one prompt in two chunks, then a token. Of a library
+with several versions, the environment says which.
 """
 
 import sys
@@ -35,6 +36,7 @@ def logits(library: Path, folder: Path) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    np.savez(sys.argv[3], logits=logits(Path(sys.argv[1]), Path(sys.argv[2])))
+    version = Library.load(sys.argv[1]).metadata.target.arch[0]
+    np.savez(sys.argv[3], logits=logits(Path(sys.argv[1]), Path(sys.argv[2])), version=version)
     compilers = [name for name in sys.modules if name.startswith(("tvm.", "relaxlm.compiler"))]
     assert not compilers, compilers

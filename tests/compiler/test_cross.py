@@ -8,9 +8,11 @@ from tvm import relax, te, tirx
 from relaxlm.compiler import cross
 from relaxlm.compiler.cross import allowed_symbols, undefined_symbols, zig_linker
 from relaxlm.compiler.link import export_library
+from relaxlm.compiler.multiversion import write_object
 from relaxlm.compiler.platforms import PLATFORMS
 from relaxlm.compiler.target import resolve_device
 from relaxlm.errors import CompileError, ToolchainError
+from relaxlm.runtime.multiversion import Version, pack, read_index
 
 pytest.importorskip("ziglang")
 pytest.importorskip("lief")
@@ -46,10 +48,19 @@ def executable(device: str):
 @pytest.mark.parametrize("name", [name for name in PLATFORMS if name != "linux-x86_64"])
 def test_a_library_is_linked_for(name: str, tmp_path: Path) -> None:
     platform = PLATFORMS[name]
-    output = tmp_path / f"library{platform.suffixes[0]}"
-    export_library(executable(name), output, zig_linker(platform))
+    folder = tmp_path / "made"
+    output = folder / f"library{platform.suffixes[0]}"
+    # As a library with versions for several CPUs has them.
+    data = tmp_path / "versions.o"
+    packed = pack(Version("plainest", ()), [(Version("best", ("neon",)), b"a library" * 999)])
+    write_object(data, packed, resolve_device(name))
+    objects = [data] if platform.runs_python else []
+    export_library(executable(name), output, zig_linker(platform), objects)
     assert output.read_bytes().startswith(MAGIC[platform.system])
-    assert list(tmp_path.iterdir()) == [output], "something else was left behind"
+    assert list(folder.iterdir()) == [output], "something else was left behind"
+    if objects:
+        assert packed in output.read_bytes()
+        assert [one.name for one in read_index(output)] == ["plainest", "best"]
     if not platform.is_static:
         needed = undefined_symbols(output)
         assert needed, "it calls C's library"

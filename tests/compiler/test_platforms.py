@@ -33,6 +33,7 @@ def test_levels_and_processors_of_arm(arch: str) -> None:
     assert device.describe() == {
         "kind": "cpu",
         "arch": [arch],
+        "versions": [],
         "system": "linux",
         "cpu": "aarch64",
         "cpu_features": list(device.cpu_features),

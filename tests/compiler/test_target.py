@@ -112,8 +112,9 @@ def test_cpu_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     ) == {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
     assert {"avx512vnni", "avx512bf16"} <= set(resolve_device("cpu:znver5").cpu_features)
     assert message(ConfigError, "cpu", "pentium9").startswith(
-        "arch 'pentium9' is not known for linux-x86_64; expected x86-64-v2, x86-64-v3, x86-64-v4, "
-        "or one of LLVM's processors: "
+        "arch 'pentium9' is not known for linux-x86_64; expected x86-64-v2, x86-64-v3, "
+        "x86-64-v3+avxvnni, x86-64-v4, x86-64-v4+vnni, x86-64-v4+vnni+bf16, x86-64-v4+amx, or one "
+        "of LLVM's processors: "
     )
     monkeypatch.setattr(cpu, "architecture", lambda machine=None: "aarch64")
     assert message(ConfigError, "cpu", "x86-64-v3").startswith(
@@ -136,6 +137,7 @@ def test_describe() -> None:
     assert target.describe() == {
         "kind": "cuda",
         "arch": ["sm_80", "sm_90"],
+        "versions": [],
         "system": "linux",
         "cpu": cpu.architecture(),
         "cpu_features": [],
@@ -219,6 +221,7 @@ def test_browsers_have_one_architecture_and_the_suffix_of_webassembly() -> None:
     assert target.describe() == {
         "kind": "wasm",
         "arch": ["wasm32"],
+        "versions": [],
         "system": "web",
         "cpu": "wasm32",
         "cpu_features": ["nontrapping-fptoint", "sign-ext", "simd128"],
