@@ -179,8 +179,8 @@ class EngineCore:
             return []
         states = [branch.state for branch, _ in ready]
         chosen: list[tuple[Branch, list[Sampled | LibraryError]]] = []
-        seen, peaks = logits.seen_by(picked, states)
-        results = sample(seen, states, peaks)
+        seen = logits.seen_by(picked, states)
+        results = sample(seen.logits, states, seen.peaks, seen.blocks)
         for (branch, draft), first, result in zip(ready, picked, results, strict=True):
             tokens = [result]
             if draft:
@@ -206,8 +206,8 @@ class EngineCore:
             if isinstance(last, LibraryError) or last.token != guess or self._is_end(branch, last):
                 break
             accepted += 1
-            seen, peaks = logits.seen_by([picked + row], [branch.state])
-            [last] = sample(seen, [branch.state], peaks)
+            seen = logits.seen_by([picked + row], [branch.state])
+            [last] = sample(seen.logits, [branch.state], seen.peaks, seen.blocks)
             further.append(last)
         # The draft is in the pages as far as it was right.
         self.sequences.truncate(branch.sequence, branch.computed + 1 + accepted)

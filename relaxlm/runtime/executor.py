@@ -80,7 +80,8 @@ class Executor:
             # Kernels that choose from logits are the CPU's and CUDA's.
             plain = self.metadata.target.kind in gpu.PLAIN_GPUS
             self._peaks: Any = None if plain else machine["peaks"]
-            self._gather: Any = machine["gather_logits"] if self.on_gpu and not plain else None
+            if self.on_gpu and not plain:
+                self._gather, self._weigh = machine["gather_logits"], machine["weigh_logits"]
         if not self.metadata.is_encoder:
             self._copy = machine["copy_pages"]
         # What `download` finds out about every tensor is known of these.
@@ -162,7 +163,11 @@ class Executor:
         def gather(places: np.ndarray) -> np.ndarray:
             return self._read(self._gather(logits, *self._inputs([places])))
 
-        return DeviceLogits(self.vocab_size, lambda: self._read(logits), peaks, gather)
+        def weigh(rows: np.ndarray, references: np.ndarray, factors: np.ndarray) -> np.ndarray:
+            given = [rows, references.view(np.int32), factors.view(np.int32)]
+            return self._read(self._weigh(logits, *self._inputs(given)))
+
+        return DeviceLogits(self.vocab_size, lambda: self._read(logits), peaks, gather, weigh)
 
     def embeddings(
         self, tables: BatchTables | TextTables, input_ids: np.ndarray, rows: np.ndarray

@@ -201,8 +201,8 @@ class Generator:
             picked = [0] * len(replies)  # they all begin with the prompt's row
             while True:
                 states = [reply.state for _, reply in running]
-                rows, peaks = logits.seen_by(picked, states)
-                chosen = _all_sampled(sample(rows, states, peaks))
+                seen = logits.seen_by(picked, states)
+                chosen = _all_sampled(sample(seen.logits, states, seen.peaks, seen.blocks))
                 timings.decode_tokens += len(running)
                 for (_, reply), sampled in zip(running, chosen, strict=True):
                     on_text(reply, reply.push(sampled))

@@ -36,6 +36,7 @@ from relaxlm.errors import LibraryError
 from relaxlm.runtime.generation import SamplingState
 from relaxlm.runtime.peaks import BLOCK, blocks_of_largest, largest
 from relaxlm.runtime.peaks import of_row as peaks_of_row
+from relaxlm.runtime.sampling_by_blocks import NUCLEUS_BLOCKS, RowBlocks, choose_by_blocks
 from relaxlm.runtime.sampling_choice import (
     Logits,
     bound_near,
@@ -62,7 +63,10 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    logits: np.ndarray, states: Sequence[SamplingState], peaks: np.ndarray | None = None
+    logits: np.ndarray,
+    states: Sequence[SamplingState],
+    peaks: np.ndarray | None = None,
+    blocks: Sequence[RowBlocks | None] | None = None,
 ) -> list[Sampled | LibraryError]:
     """Choose the next token of each request, and record it in the request's state.
 
@@ -72,6 +76,7 @@ def sample(
         states: one for each row.
         peaks: [batch, blocks] float32, as the library computes them of `logits` (`peaks.py`); the
             same tokens are chosen without, in more time.
+        blocks: of rows of which not all is there, and that are drawn from by sums over blocks.
 
     Returns:
         For each row its token, or what is wrong with the row, and then its state has not changed:
@@ -92,14 +97,19 @@ def sample(
         row = logits[i, : state.vocab_size]
         try:
             of_row = None if peaks is None else peaks_of_row(peaks[i], row)
-            results.append(_sample_row(row, state, i, of_row))
+            parts = None if blocks is None else blocks[i]
+            results.append(_sample_row(row, state, i, of_row, parts))
         except LibraryError as error:
             results.append(error)
     return results
 
 
 def _sample_row(
-    row: np.ndarray, state: SamplingState, index: int, peaks: np.ndarray | None
+    row: np.ndarray,
+    state: SamplingState,
+    index: int,
+    peaks: np.ndarray | None,
+    blocks: RowBlocks | None,
 ) -> Sampled:
     token = _checked_argmax(row, index, peaks)
     left, mask = row, state.mask
@@ -118,7 +128,13 @@ def _sample_row(
         with np.errstate(over="ignore", under="ignore"):  # infinite and zero are right then
             adjusted = _adjusted(left, state) if state.adjusts else Logits(left, peaks=peaks)
             if config.temperature > 0:
-                token = choose(adjusted, config, state.uniform())
+                uniform = state.uniform()
+                found = None
+                if blocks is not None:
+                    found = choose_by_blocks(blocks, config, uniform)
+                    if found is None:
+                        blocks.complete()
+                token = choose(adjusted, config, uniform) if found is None else found
             else:
                 token = adjusted.largest()
     sampled = Sampled(token, None, ())
@@ -128,33 +144,44 @@ def _sample_row(
     return sampled
 
 
-def blocks_read(peaks: np.ndarray, state: SamplingState) -> np.ndarray | None:
+class BlocksRead(NamedTuple):
+    """What `sample` looks at in a row of logits."""
+
+    blocks: np.ndarray  # [k] int64, ascending
+    reference: float | None = None  # of the sums of weights over blocks, if it needs them
+
+
+def blocks_read(peaks: np.ndarray, state: SamplingState) -> BlocksRead | None:
     """The blocks of a row of logits that `sample` looks into, given the peaks; None: all.
 
-    All, that is with a mask, a bias, penalties or log probabilities, and where tokens are drawn by
-    sums over all of them: without top_k, and with top_p or without min_p.
+    All, that is with a mask, a bias, penalties or log probabilities, and with a top_k that is large
+    for the row.
 
     Args:
         peaks: [blocks] float32 of the row.
     """
     config, size = state.config, state.vocab_size
-    if state.mask is not None or state.adjusts or config.logprobs:
-        return None
     whole, rest = divmod(size, BLOCK)
+    if state.mask is not None or state.adjusts or config.logprobs or not whole:
+        return None
     peaks = peaks[: whole + (rest > 0)].copy()
     # In a block that is partly padding, the peak may be the padding's: it is looked into.
     peaks[whole:] = -np.inf
     always = [int(peaks.argmax()), *([whole] if rest else [])]
-    blocks: np.ndarray | None = np.empty(0, np.int64)
-    if config.temperature > 0:
-        if 0 < config.top_k < size:
-            blocks = blocks_of_largest(peaks, config.top_k)
-        elif config.top_p >= 1 and config.min_p > 0:
-            bound = bound_near(float(peaks.max()), config.min_p, config.temperature)
-            blocks = np.flatnonzero(peaks >= bound)
-        else:
-            blocks = None
-    return None if blocks is None else np.union1d(blocks, always)
+    largest_logit, blocks, reference = float(peaks.max()), None, None
+    if config.temperature == 0:
+        blocks = np.empty(0, np.int64)
+    elif 0 < config.top_k < size:
+        blocks = blocks_of_largest(peaks, config.top_k)
+    elif config.top_p < 1:
+        count = min(NUCLEUS_BLOCKS, len(peaks))
+        blocks, reference = np.argpartition(-peaks, count - 1)[:count], largest_logit
+    elif config.min_p > 0:
+        bound = bound_near(largest_logit, config.min_p, config.temperature)
+        blocks = np.flatnonzero(peaks >= bound)
+    else:  # which block is looked into is known when the random number is
+        blocks, reference = np.empty(0, np.int64), largest_logit
+    return None if blocks is None else BlocksRead(np.union1d(blocks, always), reference)
 
 
 def _check_mask(mask: np.ndarray, size: int) -> None:

@@ -127,9 +127,7 @@ class Logits:
 
     def _is_peaked(self, reference: float, temperature: float) -> bool:
         """Whether float32 will do, and is likely to be enough."""
-        if len(self) <= _SHORT or not 1 / _HOTTEST < temperature < _HOTTEST:
-            return False
-        if abs(reference) > _LARGEST * temperature:
+        if len(self) <= _SHORT or not is_float32_enough(reference, temperature):
             return False
         # Tokens that weigh less than the error cannot be told apart. How much is theirs?
         part = weigh(self.rounded[::_EVERY], reference, temperature)
@@ -147,6 +145,13 @@ class Logits:
             assert self._values is not None
             weights[self._ids] = weigh(self._values, reference, temperature)
         return weights
+
+
+def is_float32_enough(reference: float, temperature: float) -> bool:
+    """Whether `ROUGH` bounds the error of float32 weights relative to a logit."""
+    if not 1 / _HOTTEST < temperature < _HOTTEST:
+        return False
+    return abs(reference) <= _LARGEST * temperature
 
 
 def weigh(
@@ -181,6 +186,13 @@ def choose(logits: Logits, config: GenerationConfig, uniform: float) -> int:
         ids, values = _near_the_largest(logits, config.min_p, config.temperature)
     if values is None:
         return _draw_from_all(logits, config.temperature, uniform)
+    return draw_weighted(ids, values, config, uniform)
+
+
+def draw_weighted(
+    ids: np.ndarray, values: np.ndarray, config: GenerationConfig, uniform: float
+) -> int:
+    """Steps 6 and 7 for the logits that are left, whose ids ascend."""
     weights = weigh(values, values.max(), config.temperature)
     if config.min_p > 0:
         kept = np.flatnonzero(weights >= config.min_p)  # the largest weight is 1
@@ -294,12 +306,18 @@ def _nucleus(logits: Logits, top_p: float, temperature: float) -> tuple[np.ndarr
         ):
             break
     place = min(int(place), len(sums) - 1)  # a rounding error may lead past the end
-    kept = _down_to(values, ordered[place], place + 1)
+    kept = kept_of_nucleus(values, ordered, place)
     if above is None:
         return ids[kept], values[kept]
     above[ids[kept]] = True
     ids = np.flatnonzero(above)
     return ids, logits.of(ids)
+
+
+def kept_of_nucleus(values: np.ndarray, ordered: np.ndarray, place: int) -> np.ndarray:
+    """Places, ascending, of the values down to `ordered[place]`, which are sorted in descending
+    order; of equal ones the first."""
+    return _down_to(values, ordered[place], place + 1)
 
 
 def _bins(rounded: np.ndarray, distance: float) -> np.ndarray:

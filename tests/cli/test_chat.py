@@ -50,11 +50,11 @@ def on_sample(monkeypatch: pytest.MonkeyPatch, act) -> None:
     """Call `act` with the number of each step of sampling, before it."""
     original, count = generator.sample, 0
 
-    def sample(logits, states, peaks):
+    def sample(logits, states, *known):
         nonlocal count
         count += 1
         act(count)
-        return original(logits, states, peaks)
+        return original(logits, states, *known)
 
     monkeypatch.setattr(generator, "sample", sample)
 
@@ -64,7 +64,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, module: ChatModule, text: str) -> 
     ids = [*module.tokenizer.encode(text), module.tokenizer.eos_id]
     left: Iterator[int] = iter(())
 
-    def sample(logits, states, peaks):
+    def sample(logits, states, *_):
         nonlocal left
         token = next(left, None)
         if token is None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from relaxlm.compiler.kernels.cuda_logits import gather_kernel, peaks_kernel
+from relaxlm.compiler.kernels.cuda_logits import gather_kernel, peaks_kernel, weigh_kernel
 from relaxlm.runtime.peaks import BLOCK
 from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler
 from tests.runtime.test_peaks import peaks_of
@@ -19,7 +19,12 @@ def test_peaks_and_blocks_of_logits() -> None:
     logits[5, vocab - 1] = np.inf
     places = np.array([3, 0, 23, 9, 9, 14, 7], np.int32)
     with CudaEmulation("random") as cuda:
-        peaks, gather = cuda.build_all([peaks_kernel(vocab), gather_kernel(vocab)])
+        peaks, gather, weigh = cuda.build_all(
+            [peaks_kernel(vocab), gather_kernel(vocab), weigh_kernel(vocab)]
+        )
+        rows, references = np.array([1, 0], np.int32), np.array([-3, 11.5], np.float32)
+        factors, sums = np.array([2, 0.7], np.float32), np.full((2, blocks), 7, np.float32)
+        weigh(logits, rows, references.view("int32"), factors.view("int32"), sums)
         found = np.full((6, blocks), 7, np.float32)
         peaks(logits, found)
         pieces = np.full((len(places), BLOCK), 7, np.float32)
@@ -28,3 +33,6 @@ def test_peaks_and_blocks_of_logits() -> None:
     padded = np.full((6, blocks * BLOCK), -np.inf, np.float32)
     padded[:, :vocab] = logits
     np.testing.assert_array_equal(pieces, padded.reshape(-1, BLOCK)[places])
+    exponents = (padded[rows] - references[:, None].astype("float64")) * factors[:, None]
+    expected = np.exp(exponents).reshape(2, blocks, BLOCK).sum(-1)
+    np.testing.assert_allclose(sums, expected, rtol=3e-6)

@@ -84,9 +84,11 @@ def greedy(compiled: Compiled, rows: list[int]) -> list[int]:
     sequences, vocab = compiled.sequences, compiled.executor.vocab_size
     tables = sequences.batch([(sequences.add(), len(IDS))])
     step = compiled.executor.compute(tables, IDS.astype("int32"), np.array(rows, "int32"))
-    states = [SamplingState(GenerationConfig(temperature=0), [1], vocab, 0) for _ in rows]
-    seen, peaks = step.seen_by(range(len(rows)), states)
-    return [chosen.token for chosen in sample(seen, states, peaks)]
+    # The least number of tokens that reach nothing is the largest one alone.
+    configs = [GenerationConfig(temperature=0), GenerationConfig(temperature=1, top_p=0)]
+    states = [SamplingState(configs[i % 2], [1], vocab, 0) for i in range(len(rows))]
+    seen = step.seen_by(range(len(rows)), states)
+    return [chosen.token for chosen in sample(seen.logits, states, seen.peaks, seen.blocks)]
 
 
 FAMILIES = {

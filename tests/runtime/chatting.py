@@ -44,7 +44,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
     left = iter(tokens)
     monkeypatch.setattr(
         "relaxlm.runtime.generator.sample",
-        lambda logits, states, peaks: [Sampled(next(left), None, ()) for _ in states],
+        lambda logits, states, *_: [Sampled(next(left), None, ()) for _ in states],
     )
 
 

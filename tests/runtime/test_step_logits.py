@@ -23,7 +23,8 @@ class Gpu:
         self.blocks = padded.reshape(-1, BLOCK)
 
     def step(self) -> DeviceLogits:
-        return DeviceLogits(VOCAB, self.download, lambda: peaks_of(self.logits), self.gather)
+        peaks = peaks_of(self.logits)
+        return DeviceLogits(VOCAB, self.download, lambda: peaks, self.gather, self.weigh)
 
     def download(self) -> np.ndarray:
         self.downloads += 1
@@ -34,12 +35,28 @@ class Gpu:
         self.gathered += len(places)
         return self.blocks[places]
 
+    def weigh(self, picked: np.ndarray, references: np.ndarray, factors: np.ndarray) -> np.ndarray:
+        assert (picked.dtype, references.dtype, factors.dtype) == ("int32", "float32", "float32")
+        rows = self.blocks.reshape(-1, BLOCKS, BLOCK)[picked]
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = (rows - references[:, None, None]) * factors[:, None, None]
+            return np.exp(scaled).sum(-1, dtype=np.float32)
 
+
+# What a few blocks are enough for, mostly.
 FEW = [
     {"temperature": 0},
     {"temperature": 0.8, "top_k": 20, "top_p": 0.8},
     {"temperature": 1.5, "top_k": 5, "min_p": 0.05},
     {"temperature": 0.3, "min_p": 0.3},
+    {"temperature": 0.4},
+    {"temperature": 0.5, "top_p": 0.3},
+    {"temperature": 0.4, "top_p": 0.5, "min_p": 0.2},
+]
+MANY = [
+    {"temperature": 1.5, "top_p": 0.95},  # more tokens than in the blocks with the largest
+    {"temperature": 1e-32},
+    {"temperature": 1e32, "top_p": 0.5},
 ]
 
 
@@ -52,7 +69,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("fields", [*SETTINGS, *FEW[3:]], ids=str)
+@pytest.mark.parametrize("fields", [*SETTINGS, *FEW[3:], *MANY], ids=str)
 @pytest.mark.parametrize("real", [VOCAB, VOCAB - 50, 160 * BLOCK], ids=["", "part", "blocks"])
 def test_the_same_tokens_are_chosen(poisoned: None, fields: dict, real: int) -> None:
     config = GenerationConfig(**fields, seed=3)
@@ -66,11 +83,12 @@ def test_the_same_tokens_are_chosen(poisoned: None, fields: dict, real: int) -> 
         logits[:, real:] = 99  # padding
         picked = [2, 0, 0, 3]
         gpu = Gpu(logits)
-        seen, peaks = gpu.step().seen_by(picked, ours)
-        assert sample(seen, ours, peaks) == sample(logits[picked], theirs)
-        assert gpu.downloads == (fields not in FEW)
-        # A block for each of the largest at most, that of the largest and a last, partial one.
-        assert gpu.gathered < 4 * 40
+        seen = gpu.step().seen_by(picked, ours)
+        tokens = sample(seen.logits, ours, seen.peaks, seen.blocks)
+        assert tokens == sample(logits[picked], theirs)
+        if fields in FEW:
+            # A block for each of the largest at most, that of the largest and a last, partial one.
+            assert gpu.downloads == 0 and gpu.gathered < 4 * 40
 
 
 def test_rows_of_every_kind_in_one_step(poisoned: None) -> None:
@@ -83,8 +101,8 @@ def test_rows_of_every_kind_in_one_step(poisoned: None) -> None:
     logits = rows(VOCAB, 9)
     gpu, ours = Gpu(logits), states()
     step = gpu.step()
-    seen, peaks = step.seen_by([0, 1, 2, 3], ours)
-    assert sample(seen, ours, peaks) == sample(logits, states())
+    seen = step.seen_by([0, 1, 2, 3], ours)
+    assert sample(seen.logits, ours, seen.peaks, seen.blocks) == sample(logits, states())
     # All of the row whose logits are biased.
     assert gpu.downloads == 0 and BLOCKS < gpu.gathered < BLOCKS + 40
     assert step.all() is logits and step.all() is logits and gpu.downloads == 1
@@ -98,9 +116,10 @@ def test_what_is_no_number_is_found(poisoned: None) -> None:
     for fields in FEW:
         config = GenerationConfig(**fields)
         states = [SamplingState(config, [1], VOCAB, 0) for _ in range(4)]
-        seen, peaks = Gpu(logits).step().seen_by(range(4), states)
         with np.errstate(invalid="ignore"):
-            found, expected = sample(seen, states, peaks), sample(logits, states)
+            seen = Gpu(logits).step().seen_by(range(4), states)
+            found = sample(seen.logits, states, seen.peaks, seen.blocks)
+            expected = sample(logits, states)
         assert [str(error) for error in found[:3]] == [str(error) for error in expected[:3]]
 
 
@@ -108,7 +127,7 @@ def test_rows_that_are_here_are_not_copied() -> None:
     logits = rows(300, 1)
     step = StepLogits(logits, lambda: peaks_of(logits))
     states = [SamplingState(GenerationConfig(temperature=0), [1], 300, 0)] * 2
-    seen, peaks = step.seen_by([1, 2], states)
+    seen, peaks, _ = step.seen_by([1, 2], states)
     assert peaks is not None and np.shares_memory(seen, logits)
     np.testing.assert_array_equal(seen, logits[1:3])
     np.testing.assert_array_equal(peaks, peaks_of(logits[1:3]))

@@ -37,6 +37,26 @@ def peaks_kernel(vocab: int) -> tirx.PrimFunc:
 
 
 @functools.cache
+def weigh_kernel(vocab: int) -> tirx.PrimFunc:
+    """(logits [m, vocab] float32, rows, references, factors [k] int32) -> [k, blocks] float32.
+
+    Sums of exp((logit - reference) * factor) over the blocks of rows; references and factors are
+    float32, bit by bit. k must not be 0.
+    """
+    blocks = -(-vocab // BLOCK)
+
+    def body() -> None:
+        m, k = length("m"), length("k")
+        logits = tensor("logits", (m, vocab), "float32")
+        given = [tensor(name, (k,), "int32") for name in ("rows", "references", "factors")]
+        sums = tensor("sums", (k, blocks), "float32")
+        pointers = (logits.data, *(buffer.data for buffer in given), sums.data)
+        _launch("weigh_logits", k * blocks, *pointers, T.cast(k, "int32"), vocab)
+
+    return launches(body)
+
+
+@functools.cache
 def gather_kernel(vocab: int) -> tirx.PrimFunc:
     """(logits [m, vocab] float32, places [k] int32) -> [k, BLOCK] float32: blocks of logits.
 

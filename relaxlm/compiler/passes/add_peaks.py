@@ -1,7 +1,8 @@
 """Add what finds the largest logits quickly (`runtime/peaks.py`), to modules that return logits.
 
     peaks(logits [m, vocab]) -> [m, blocks]
-    gather_logits(logits [m, vocab], places [k]) -> [k, BLOCK]      where a GPU has the logits
+    gather_logits(logits [m, vocab], places [k]) -> [k, BLOCK]                  on a GPU
+    weigh_logits(logits, rows, references, factors [b]) -> [b, blocks]          on a GPU
 
 Runs on scheduled kernels.
 """
@@ -29,29 +30,32 @@ class AddPeaks:
         builder = relax.BlockBuilder(mod)
         blocks = -(-self.vocab // BLOCK)
         kernels = {"cpu": cpu_peaks, "cuda": cuda_logits}[self.kind]
-        self._add(builder, "peaks", "logit_peaks", kernels.peaks_kernel(self.vocab), None, blocks)
+        self._add(builder, "peaks", kernels.peaks_kernel(self.vocab), [], "m", blocks)
         if self.kind == "cuda":
-            places = relax.Var("places", relax.TensorType((tirx.Var("places", "int64"),), "int32"))
-            kernel = cuda_logits.gather_kernel(self.vocab)
-            self._add(builder, "gather_logits", "gather", kernel, places, BLOCK)
+            gather = cuda_logits.gather_kernel(self.vocab)
+            self._add(builder, "gather_logits", gather, ["places"], "places", BLOCK)
+            weigh = cuda_logits.weigh_kernel(self.vocab)
+            names = ["rows", "references", "factors"]
+            self._add(builder, "weigh_logits", weigh, names, "b", blocks)
         return builder.finalize()
 
     def _add(
         self,
         builder: relax.BlockBuilder,
         name: str,
-        kernel_name: str,
         kernel: tirx.PrimFunc,
-        places: relax.Var | None,
+        names: list[str],
+        count: str,
         width: int,
     ) -> None:
-        """A function of the logits and perhaps of places, which then decide the result's rows."""
+        """A function of the logits and of integers [count], which decide the rows of the result."""
         rows = tirx.Var("m", "int64")
-        logits = relax.Var("logits", relax.TensorType((rows, self.vocab), "float32"))
-        given = [logits] if places is None else [logits, places]
+        length = rows if count == "m" else tirx.Var(count, "int64")
+        given = [relax.Var("logits", relax.TensorType((rows, self.vocab), "float32"))]
+        given += [relax.Var(each, relax.TensorType((length,), "int32")) for each in names]
         with builder.function(name, given):
             with builder.dataflow():
-                function = builder.add_func(kernel, kernel_name)
-                ty = relax.TensorType((given[-1].ty.shape[0], width), "float32")
+                function = builder.add_func(kernel, f"{name}_kernel")
+                ty = relax.TensorType((length, width), "float32")
                 found = builder.emit_output(builder.emit(relax.call_tir(function, given, ty)))
             builder.emit_func_output(found)

@@ -47,5 +47,29 @@ __device__ __forceinline__ void gather_logits(const float* __restrict__ logits,
         first + i < vocab ? row[first + i] : __uint_as_float(0xff800000);
 }
 
+// sums [count, blocks]: of exp((logit - reference) factor) over the blocks of the rows numbers [count];
+// references and factors [count] are float32 in words.
+template <int BLOCK>
+__device__ __forceinline__ void weigh_logits(const float* __restrict__ logits,
+                                             const int* __restrict__ numbers,
+                                             const int* __restrict__ references,
+                                             const int* __restrict__ factors,
+                                             float* __restrict__ sums, int count, int vocab,
+                                             int group) {
+  const int blocks = (vocab + BLOCK - 1) / BLOCK, number = group * LOGIT_WARPS + threadIdx.y;
+  if (number >= count * blocks) return;
+  const int which = number / blocks, first = number % blocks * BLOCK;
+  const float* row = logits + size_t(numbers[which]) * vocab;
+  const float reference = __uint_as_float(u32(references[which]));
+  const float factor = __uint_as_float(u32(factors[which]));
+  float sum = 0;
+#pragma unroll
+  for (int i = threadIdx.x; i < BLOCK; i += 32)
+    if (first + i < vocab) sum += expf((row[first + i] - reference) * factor);
+  for (int distance = 16; distance > 0; distance /= 2)
+    sum += __shfl_xor_sync(0xffffffff, sum, distance);
+  if (threadIdx.x == 0) sums[number] = sum;
+}
+
 }  // namespace relaxlm
 #endif
