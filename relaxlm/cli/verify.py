@@ -62,12 +62,21 @@ def verify(
             help="Smallest share of tokens that the checkpoint and the library agree on.",
         ),
     ] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(
+            "--min-cosine",
+            max=1,
+            help="Of embedding models: the smallest cosine of a text's vectors, the checkpoint's "
+            "and the library's.",
+        ),
+    ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(
             "--max-error",
             help="Largest error of a logit, in standard deviations of the logits, against the "
-            "values that the library stores.",
+            "values that the library stores; of a state for embedding models.",
         ),
     ] = None,
     json: Annotated[
@@ -76,7 +85,9 @@ def verify(
 ) -> None:
     """Compare a library's results with the original model in transformers.
 
-    Without --threshold, --min-top1 and --max-error, what is allowed depends on the preset.
+    Without --threshold, --min-top1, --min-cosine and --max-error, what is allowed depends on the
+    preset. Embedding models are compared by the states of their last norm and the vectors that
+    texts become of them.
     """
     from json import dumps
 
@@ -121,7 +132,8 @@ def verify(
     )
     # Nothing is shown where output is no terminal.
     with Console(stderr=True).status("") as status:
-        found = job.run(Thresholds(max_error, threshold, min_top1), status.update)
+        limits = Thresholds(max_error, threshold, min_top1, min_cosine)
+        found = job.run(limits, status.update)
     for line in report(found):
         typer.echo(line)
     if json is not None:

@@ -200,6 +200,20 @@ def finish(vector: np.ndarray, normalize: bool, dimensions: int | None = None) -
     return (vector / length if length else vector).astype(np.float32)
 
 
+def pooled(states: np.ndarray, pooling: Pooling) -> np.ndarray:
+    """The vector of a text whose states are all there.
+
+    Args:
+        states: [n, hidden].
+
+    Returns:
+        [hidden] float32, of any length.
+    """
+    pool = _Pool(pooling, len(states))
+    pool.add(states[pool.rows(len(states))], len(states))
+    return pool.vector()
+
+
 class _Pool:
     """What is kept of a text's states while it is computed."""
 

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relaxlm.errors import UnsupportedError
 from relaxlm.models.weights import ParameterSpec, found_in
+from relaxlm.quantization.convert import open_float_checkpoint
 from relaxlm.quantization.groupwise import GroupQuant, cast, round_to
 from relaxlm.quantization.schemes import Scheme
 from relaxlm.runtime.params import WeightFolder
@@ -33,6 +34,26 @@ class WeightDifference:
     rounding: bool
 
 
+def has_all(state: Mapping[str, Any], specs: list[ParameterSpec]) -> bool:
+    """Whether transformers keeps every tensor as the checkpoint has it.
+
+    Where it does not, it has all experts in one tensor, for example, or other names.
+    """
+    return all(source.name in state for spec in found_in(specs, state) for source in spec.sources)
+
+
+def checkpoint_tensors(checkpoint: Path) -> dict[str, Any]:
+    """Name -> float32 torch tensor of every weight of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    import torch
+
+    opened = open_float_checkpoint(checkpoint)
+    return {name: torch.from_numpy(opened.read(name).astype(np.float32)) for name in opened.names()}
+
+
 def keep_weights(
     state: Mapping[str, Any],
     specs: list[ParameterSpec],
@@ -44,22 +65,14 @@ def keep_weights(
     Where the folder's values differ from that by rounding only, the folder's are taken.
 
     Args:
-        state: name in the checkpoint -> float32 torch tensor, as `Reference.state` has them.
+        state: name in the checkpoint -> float32 torch tensor: `Reference.state` where it has all
+            (`has_all`), or else `checkpoint_tensors`.
         weights: a folder with the tensors that `scheme` stores.
 
     Returns:
         The parameters that differ, in model order.
-
-    Raises:
-        UnsupportedError: transformers does not keep the tensors as the checkpoint has them.
     """
     specs = found_in(specs, state)
-    others = [s.name for spec in specs for s in spec.sources if s.name not in state]
-    if others:
-        raise UnsupportedError(
-            f"verify: transformers keeps {others[0]} and {len(others) - 1} more tensors of the "
-            "checkpoint in another form, such as all experts in one, which is not compared yet"
-        )
     differences = []
     for spec in specs:
         stored = _Stored(spec, scheme, weights)

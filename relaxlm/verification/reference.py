@@ -21,53 +21,85 @@ _ATTENTION = "eager_attention_forward"
 
 
 class Reference:
-    """A causal language model of transformers.
+    """A model of transformers.
 
     Attributes:
-        state: name in the checkpoint -> torch tensor; writing to it changes the model.
+        state: name in transformers -> torch tensor; writing to it changes the model.
     """
 
-    def __init__(self, checkpoint: Path, layers: int) -> None:
+    state: dict[str, Any]
+    _model: Any
+    _layers: Any
+
+    def __init__(self, checkpoint: Path, layers: int, for_embeddings: bool = False) -> None:
         """Load a Hugging Face folder, every weight widened to float32.
 
         Args:
             layers: how many the model has.
+            for_embeddings: without an output head, for the states of the last norm.
 
         Raises:
             VersionError: torch or transformers cannot be imported.
             CheckpointError: transformers does not load the folder, or misses some of its weights.
         """
         check_packages()
+        import transformers
+
+        self._checkpoint, self._count = checkpoint, layers
+        self._for_embeddings = for_embeddings
+        kind: Any = transformers.AutoModelForCausalLM
+        if for_embeddings:
+            kind = transformers.AutoModel
+        self._load(kind, str(checkpoint))
+
+    def replace_weights(self, weights: dict[str, Any]) -> None:
+        """Load the same model with other weights, in the memory of those of now.
+
+        Args:
+            weights: name in the checkpoint -> float32 torch tensor.
+
+        Raises:
+            CheckpointError: transformers misses some.
+        """
+        kind, config = type(self._model), self._model.config
+        self.state, self._layers, self._model = {}, None, None
+        self._load(kind, None, config=config, state_dict=weights)
+
+    def _load(self, kind: Any, source: str | None, **options: Any) -> None:
         import torch
         import transformers
 
         with _quiet(transformers):
             try:
-                model, found = transformers.AutoModelForCausalLM.from_pretrained(
-                    str(checkpoint),
+                model, found = kind.from_pretrained(
+                    source,
                     dtype=torch.float32,
                     # The plain formula; others may reorder sums or skip masked parts.
                     attn_implementation="eager",
                     local_files_only=True,
                     output_loading_info=True,
+                    **options,
                 )
             except Exception as error:  # of many kinds, by model and version
                 reason = str(error).strip().split("\n", 1)[0]
+                place = "a model" if self._for_embeddings else "a language model"
                 raise CheckpointError(
-                    f"{checkpoint}: transformers {transformers.__version__} does not load it as a "
-                    f"language model ({type(error).__name__}: {reason}). relaxlm was tested with "
-                    f"the packages of {_EXTRA}"
+                    f"{self._checkpoint}: transformers {transformers.__version__} does not load it "
+                    f"as {place} ({type(error).__name__}: {reason}). relaxlm was tested with the "
+                    f"packages of {_EXTRA}"
                 ) from error
         absent = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+        # What other tasks make of the states; many checkpoints are without it.
+        absent = [name for name in absent if not name.startswith("pooler.")]
         if absent:
             # transformers would go on with random numbers in their place.
             raise CheckpointError(
-                f"{checkpoint}: transformers misses weights in it, or they have other shapes: "
-                f"{', '.join(absent[:5])}{' and more' if len(absent) > 5 else ''}"
+                f"{self._checkpoint}: transformers misses weights in it, or they have other "
+                f"shapes: {', '.join(absent[:5])}{' and more' if len(absent) > 5 else ''}"
             )
         self._model = model.eval()
-        self._layers = _find_layers(model, layers)
-        self.state: dict[str, Any] = dict(model.state_dict())
+        self._layers = _find_layers(model, self._count)
+        self.state = dict(model.state_dict())
 
     def run(
         self, ids: list[int], cache: KVFormat | None = None
@@ -78,7 +110,7 @@ class Reference:
             cache: rounds keys and values as this format stores them; None: they stay as they are.
 
         Returns:
-            logits: [n, vocab] float32.
+            results: [n, vocab] float32 logits, or [n, hidden] float32 states of the last norm.
             states: the residual stream [n, hidden] before the first layer and after each. Taken at
                 the layers themselves: of what transformers returns as hidden states, the last one
                 has been through the final norm.
@@ -101,11 +133,14 @@ class Reference:
         hooks += [layer.register_forward_hook(after) for layer in self._layers]
         try:
             with attention, torch.no_grad():
-                output = self._model(torch.tensor([ids]), use_cache=False)
+                # Encoders have no cache that they could be told not to use.
+                options = {} if self._for_embeddings else {"use_cache": False}
+                output = self._model(torch.tensor([ids]), **options)
         finally:
             for hook in hooks:
                 hook.remove()
-        return output.logits[0].numpy(), [state[0].numpy() for state in states]
+        results = output.last_hidden_state if self._for_embeddings else output.logits
+        return results[0].numpy(), [state[0].numpy() for state in states]
 
 
 def check_packages() -> None:

@@ -3,8 +3,14 @@
 from collections.abc import Sequence
 
 from relaxlm.verification.limits import Limits
-from relaxlm.verification.metrics import LogitDistance
-from relaxlm.verification.results import REFERENCES, Comparison, Verification, layer_name
+from relaxlm.verification.metrics import Distance, LogitDistance, VectorDistance
+from relaxlm.verification.results import (
+    REFERENCES,
+    Comparison,
+    Verification,
+    cosine_text,
+    layer_name,
+)
 
 _PROMPT = 14
 _MOST_WEIGHTS = 10
@@ -38,24 +44,37 @@ def _weights(verification: Verification) -> list[str]:
 
 def _prompts(comparison: Comparison) -> list[str]:
     total, counts = comparison.total, [prompt.tokens for prompt in comparison.prompts]
+    head: tuple[str, ...]
     head = ("tokens", "max err", "mean err", "KL mean", "KL max", "top-1", "NLL", "NLL lib")
+    numbers = "logits"
+    if isinstance(total, VectorDistance):
+        head, numbers = ("tokens", "max err", "mean err", "cosine"), "states"
     rows = [
-        _row(_shortened(prompt.prompt), prompt.tokens, prompt.logits)
+        _row(_shortened(prompt.prompt), prompt.tokens, prompt.distance)
         for prompt in comparison.prompts
     ]
     verdict = "exceeded" if comparison.exceeded() else "kept"
-    return [
+    lines = [
         f"against {REFERENCES[comparison.reference]}:",
         _aligned("", head),
         *rows,
         _row("all", sum(counts), total),
-        f"largest error: {total.relative_error:.1e} standard deviations of the logits "
+        f"largest error: {total.relative_error:.1e} standard deviations of the {numbers} "
         f"({total.spread:.3g})",
-        f"limits: {_limits(comparison.limits)}: {verdict}",
     ]
+    if comparison.limits.rerouted:
+        lines.append(
+            f"tokens beyond: {comparison.rerouted} of {total.rows}, allowed "
+            f"{comparison.limits.rerouted:.0%} (rounding may choose other experts)"
+        )
+    return [*lines, f"limits: {_limits(comparison.limits)}: {verdict}"]
 
 
-def _row(name: str, tokens: int, distance: LogitDistance) -> str:
+def _row(name: str, tokens: int, distance: Distance) -> str:
+    if isinstance(distance, VectorDistance):
+        largest, mean = f"{distance.max_error:.1e}", f"{distance.mean_error:.1e}"
+        return _aligned(name, (str(tokens), largest, mean, cosine_text(distance.cosine)))
+    assert isinstance(distance, LogitDistance)
     errors = (distance.max_error, distance.mean_error, distance.kl_mean, distance.kl_max)
     likelihoods = (distance.nll_reference, distance.nll_library)
     cells = (
@@ -68,7 +87,7 @@ def _row(name: str, tokens: int, distance: LogitDistance) -> str:
 
 
 def _aligned(name: str, cells: Sequence[str]) -> str:
-    widths = (6, 8, 8, 8, 8, 7, 6, 7)
+    widths = (6, 8, 8, 12) if len(cells) == 4 else (6, 8, 8, 8, 8, 7, 6, 7)
     columns = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
     return f"{name:{_PROMPT}}" + " ".join(columns)
 
@@ -87,6 +106,8 @@ def _limits(limits: Limits) -> str:
         texts.append(f"KL mean {limits.kl:.1e}")
     if limits.top1 is not None:
         texts.append(f"top-1 {limits.top1:.1%}")
+    if limits.cosine is not None:
+        texts.append(f"cosine {cosine_text(limits.cosine)}")
     return ", ".join(texts)
 
 

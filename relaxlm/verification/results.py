@@ -8,7 +8,7 @@ from typing import Any, Literal
 from relaxlm.errors import VerificationError
 from relaxlm.verification.kept_weights import WeightDifference
 from relaxlm.verification.limits import Limits
-from relaxlm.verification.metrics import LogitDistance
+from relaxlm.verification.metrics import LogitDistance, VectorDistance
 
 # The original checkpoint, or what the library stores of it.
 ReferenceKind = Literal["float", "dequantized"]
@@ -24,7 +24,7 @@ class PromptResult:
 
     prompt: str
     tokens: int
-    logits: LogitDistance
+    distance: LogitDistance | VectorDistance
     layers: tuple[float, ...]
 
 
@@ -37,8 +37,16 @@ class Comparison:
     limits: Limits
 
     @property
-    def total(self) -> LogitDistance:
-        return sum((prompt.logits for prompt in self.prompts), LogitDistance())
+    def total(self) -> LogitDistance | VectorDistance:
+        first, *others = (prompt.distance for prompt in self.prompts)
+        return sum(others, first)
+
+    @property
+    def rerouted(self) -> int:
+        """The tokens beyond the largest error, where a router chooses experts."""
+        if not self.limits.rerouted or self.limits.max_error is None:
+            return 0
+        return self.total.rows_beyond(self.limits.max_error)
 
     @property
     def layers(self) -> list[float]:
@@ -61,11 +69,24 @@ class Comparison:
     def exceeded(self) -> list[str]:
         """The limits that do not hold, in words."""
         total, limits, faults = self.total, self.limits, []
-        if limits.max_error is not None and not total.relative_error <= limits.max_error:
+        error = total.relative_error_but(limits.rerouted)
+        if limits.max_error is not None and not error <= limits.max_error:
+            what, plural = ("a logit", "logits")
+            if isinstance(total, VectorDistance):
+                what, plural = ("a state", "states")
+            if limits.rerouted:
+                what += f" (without {limits.rerouted:.0%} of the tokens)".replace("%", " %")
             faults.append(
-                f"the largest error of a logit is {total.relative_error:.2g} standard deviations "
-                f"of the logits, allowed are {limits.max_error:.2g}"
+                f"the largest error of {what} is {error:.2g} standard deviations "
+                f"of the {plural}, allowed are {limits.max_error:.2g}"
             )
+        if isinstance(total, VectorDistance):
+            if limits.cosine is not None and not total.cosine >= limits.cosine:
+                faults.append(
+                    f"the smallest cosine is {cosine_text(total.cosine)}, required are "
+                    f"{cosine_text(limits.cosine)}"
+                )
+            return faults
         if limits.kl is not None and not total.kl_mean <= limits.kl:
             faults.append(f"the mean KL is {total.kl_mean:.2g} nats, allowed are {limits.kl:.2g}")
         if limits.top1 is not None and not total.top1 >= limits.top1:
@@ -82,10 +103,10 @@ class Comparison:
         if expected is None:
             return ""
         if first is None:
-            return (
-                "Every layer is as exact as expected, so the error begins in the final norm or "
-                "the head."
-            )
+            last = "the final norm or the head"
+            if isinstance(self.total, VectorDistance):
+                last = "the final norm"
+            return f"Every layer is as exact as expected, so the error begins in {last}."
         return (
             f"First diverging: {layer_name(first)} (relative error {self.layers[first]:.1e}, "
             f"expected at most {expected[first]:.1e})."
@@ -167,6 +188,11 @@ class Verification:
         )
 
 
+def cosine_text(value: float) -> str:
+    """With as many digits as tell it from 1."""
+    return f"{value:.4f}" if value < 0.999 else f"1 - {1 - value:.1e}"
+
+
 def layer_name(index: int) -> str:
     """What comes before the vectors at an index of `Comparison.layers`."""
     return "embedding" if index == 0 else f"layer {index - 1}"
@@ -181,8 +207,9 @@ def _comparison_json(comparison: Comparison) -> dict[str, Any]:
         "limits": asdict(comparison.limits),
         "exceeded": comparison.exceeded(),
         "total": _distance_json(comparison.total),
+        "rerouted": comparison.rerouted,
         "prompts": [
-            {"prompt": p.prompt, "tokens": p.tokens, **_distance_json(p.logits)}
+            {"prompt": p.prompt, "tokens": p.tokens, **_distance_json(p.distance)}
             for p in comparison.prompts
         ],
         "first_diverging": None if first is None else layer_name(first),
@@ -197,11 +224,12 @@ def _comparison_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _distance_json(distance: LogitDistance) -> dict[str, float]:
-    names = (
-        "rows", "max_error", "mean_error", "spread", "relative_error", "kl_mean", "kl_max", "top1",
-        "nll_reference", "nll_library",
-    )  # fmt: skip
+def _distance_json(distance: LogitDistance | VectorDistance) -> dict[str, float]:
+    names: tuple[str, ...] = ("rows", "max_error", "mean_error", "spread", "relative_error")
+    if isinstance(distance, VectorDistance):
+        names += ("vectors", "cosine")
+    else:
+        names += ("kl_mean", "kl_max", "top1", "nll_reference", "nll_library")
     return {name: getattr(distance, name) for name in names}
 
 

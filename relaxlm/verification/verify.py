@@ -3,24 +3,33 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from relaxlm import models
-from relaxlm.errors import ConfigError, LibraryError, RequestError, UnsupportedError
+from relaxlm.errors import ConfigError, LibraryError, RequestError
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.weights import ParameterSpec
 from relaxlm.quantization.convert import open_float_checkpoint
 from relaxlm.quantization.kv_cache import KVFormat, get_kv_format
 from relaxlm.quantization.schemes import Scheme, get_scheme
+from relaxlm.runtime.chat_config import ChatConfigFile, Pooling
+from relaxlm.runtime.embedding import pooled
 from relaxlm.runtime.library import Library, refuse_compile_options
 from relaxlm.runtime.metadata import LibraryMetadata
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.tokenizer import Tokenizer
 from relaxlm.verification.compiled import CompiledModel
-from relaxlm.verification.kept_weights import keep_weights
-from relaxlm.verification.limits import damage_limits, exact_limits
-from relaxlm.verification.metrics import compare_logits, layer_error
+from relaxlm.verification.kept_weights import checkpoint_tensors, has_all, keep_weights
+from relaxlm.verification.limits import (
+    Limits,
+    damage_limits,
+    damage_vector_limits,
+    exact_limits,
+    exact_vector_limits,
+)
+from relaxlm.verification.metrics import compare_logits, compare_vectors, layer_error
 from relaxlm.verification.reference import Reference, check_packages
 from relaxlm.verification.results import Comparison, PromptResult, ReferenceKind, Verification
 
@@ -47,12 +56,30 @@ class Thresholds:
     """Limits given by hand; None: the default of the preset, see `limits.py`.
 
     `kl` and `top1` hold against the checkpoint, `max_error` against the values that the library
-    stores; where only one of the two references is used, all hold against that one.
+    stores; where only one of the two references is used, all hold against that one. Vectors of
+    texts have a `cosine`, which holds against the checkpoint, in place of `kl` and `top1`.
     """
 
     max_error: float | None = None
     kl: float | None = None
     top1: float | None = None
+    cosine: float | None = None
+
+    def check(self, for_embeddings: bool) -> None:
+        """
+        Raises:
+            ConfigError: a limit of what the library does not compute.
+        """
+        if for_embeddings and (self.kl is not None or self.top1 is not None):
+            raise ConfigError(
+                "--threshold and --min-top1 are limits of logits, and the library is for "
+                "embeddings: give --min-cosine or --max-error"
+            )
+        if not for_embeddings and self.cosine is not None:
+            raise ConfigError(
+                "--min-cosine is a limit of embeddings, and the library computes logits: give "
+                "--threshold, --min-top1 or --max-error"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,6 +88,7 @@ class Job:
 
     Attributes:
         texts: each prompt and its token ids.
+        pooling: how the states of a text become its vector, of a library for embeddings.
         settings: differences between the configurations, in words.
     """
 
@@ -72,6 +100,12 @@ class Job:
     texts: list[tuple[str, list[int]]]
     references: tuple[ReferenceKind, ...]
     settings: tuple[str, ...]
+    pooling: Pooling | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router chooses experts."""
+        return any(spec.role == "expert" for spec in self.specs)
 
     @property
     def scheme(self) -> Scheme:
@@ -94,10 +128,13 @@ class Job:
         """Bytes of the original model in float32, of the library, and of the results compared."""
         info = self.library.metadata
         original = 4 * sum(math.prod(spec.shape) for spec in self.specs)
+        if self.routed:  # transformers has all experts in one tensor: they are there twice
+            original *= 2
         temporary = max(info.step_bytes, info.memory.temporary["hidden_states"])
         tokens = sum(len(ids) for _, ids in self.texts)
         longest = max(len(ids) for _, ids in self.texts)
-        per_token = info.vocab_size + (len(self.config.windows) + 1) * info.hidden_size
+        row = info.hidden_size if self.pooling else info.vocab_size
+        per_token = row + (len(self.config.windows) + 1) * info.hidden_size
         results = 4 * (tokens + longest) * per_token
         return original + _BASE_MEMORY, info.memory.params + temporary, results
 
@@ -109,20 +146,28 @@ class Job:
         Raises:
             CheckpointError: transformers does not load the checkpoint.
             WeightsError: the folder's weights are not those of the library.
+            ConfigError: a threshold of what the library does not compute.
         """
-        info = self.library.metadata
+        info, layers = self.library.metadata, self.config.num_hidden_layers
         thresholds = thresholds or Thresholds()
+        thresholds.check(self.pooling is not None)
         progress("the library")
         compiled = CompiledModel(self.library, self.weights, max(len(i) for _, i in self.texts))
         results = [compiled.run(ids) for _, ids in self.texts]
         progress("loading the original")
-        reference = Reference(self.source, self.config.num_hidden_layers)
+        reference = Reference(self.source, layers, self.pooling is not None)
         comparisons = []
         if "float" in self.references:
             comparisons.append(self._compare("float", reference, results, progress))
         progress("comparing the weights")
-        differences = keep_weights(reference.state, self.specs, self.scheme, self.weights)
+        state = reference.state
+        if not has_all(state, self.specs):
+            state = checkpoint_tensors(self.source)
+        differences = keep_weights(state, self.specs, self.scheme, self.weights)
         if "dequantized" in self.references:
+            if state is not reference.state:
+                progress("loading the values that the library stores")
+                reference.replace_weights(state)
             comparisons.append(self._compare("dequantized", reference, results, progress))
         return Verification(
             self.source,
@@ -141,21 +186,34 @@ class Job:
     ) -> Comparison:
         exact = kind == "dequantized" or is_exact(self.library.metadata, self.weights)
         cache = self.cache if exact and self.library.metadata.kv_cache.tensors else None
-        prompts = []
-        for number, ((text, ids), (logits, states)) in enumerate(
+        limits, prompts = self._limits(exact), []
+        for number, ((text, ids), (found, states)) in enumerate(
             zip(self.texts, results, strict=True), start=1
         ):
             progress(f"{kind} reference, text {number} of {len(self.texts)}")
             expected, expected_states = reference.run(ids, cache)
-            layers = map(layer_error, expected_states, states)
-            distance = compare_logits(expected, logits, ids)
+            layers = (
+                layer_error(theirs, ours, limits.rerouted)
+                for theirs, ours in zip(expected_states, states, strict=True)
+            )
+            distance = (
+                compare_logits(expected, found, ids)
+                if self.pooling is None
+                else compare_vectors(expected, found, partial(pooled, pooling=self.pooling))
+            )
             prompts.append(PromptResult(text, len(ids), distance, tuple(layers)))
-        limits = (
-            exact_limits(self.activations, self.cache.name)
-            if exact
-            else damage_limits(self.scheme, self.activations, self.cache.name)
-        )
         return Comparison(kind, tuple(prompts), limits)
+
+    def _limits(self, exact: bool) -> Limits:
+        # An encoder's metadata names a cache, too, and has none.
+        cache = self.cache.name if self.library.metadata.kv_cache.tensors else "float32"
+        if self.pooling is not None:
+            if exact:
+                return exact_vector_limits(self.activations, cache, self.routed)
+            return damage_vector_limits(self.scheme, self.activations, cache)
+        if exact:
+            return exact_limits(self.activations, cache, self.routed)
+        return damage_limits(self.scheme, self.activations, cache)
 
 
 def is_exact(info: LibraryMetadata, weights: WeightFolder) -> bool:
@@ -170,7 +228,7 @@ def _with_thresholds(comparisons: list[Comparison], given: Thresholds) -> list[C
     for index, comparison in enumerate(comparisons):
         limits = comparison.limits
         if index == 0:
-            limits = limits.changed(kl=given.kl, top1=given.top1)
+            limits = limits.changed(kl=given.kl, top1=given.top1, cosine=given.cosine)
         if index == len(comparisons) - 1:
             limits = limits.changed(max_error=given.max_error)
         result.append(Comparison(comparison.reference, comparison.prompts, limits))
@@ -215,12 +273,14 @@ def prepare(
     check_packages()
     open_float_checkpoint(source)
     config = models.load_config(source)
-    if config.model_task == "embedding":
-        raise UnsupportedError(
-            f"{source} is an embedding model, and verify compares logits, of which it has none. "
-            "Compare the vectors of `relaxlm embed --opt act_quant=0` with sentence-transformers'"
-        )
     library, folder = _open(target, weights, model_lib, device, overrides, opt, progress)
+    info = library.metadata
+    if info.model_task != config.model_task:  # a decoder is compiled for either
+        config = models.load_config(source, info.model_task)
+    pooling: Pooling | None = None
+    if info.model_task == "embedding":
+        chat = ChatConfigFile.load(folder.path)
+        pooling = chat.embedding(info.is_encoder).pooling_strategy
     settings = _compare_configs(config, library, source)
     chosen: tuple[ReferenceKind, ...] = ("float", "dequantized")
     if reference != "both":
@@ -231,7 +291,7 @@ def prepare(
     tokenizer = Tokenizer.load(folder.path if _has_tokenizer(folder.path) else source)
     texts = [(prompt, _encode(prompt, tokenizer, config.vocab_size)[:length]) for prompt in prompts]
     specs = models.parameter_specs(config)
-    return Job(source, library, folder, config, specs, texts, chosen, tuple(settings))
+    return Job(source, library, folder, config, specs, texts, chosen, tuple(settings), pooling)
 
 
 def _open(

@@ -76,6 +76,20 @@ def test_a_limit_that_does_not_hold_is_named(changed: dict, fault: str) -> None:
     )
 
 
+def test_a_share_of_the_tokens_may_have_seen_other_experts() -> None:
+    """Errors of 10 tokens; the deviation is 2."""
+    limits = Limits(1e-3, None, None, rerouted=0.1)
+    one = {"row_errors": (1e-3,) * 9 + (0.5,), "max_error": 0.5}
+    two = {"row_errors": (1e-3,) * 8 + (0.4, 0.5), "max_error": 0.5}
+    assert comparison(limits=limits, **one).exceeded() == []
+    assert comparison(limits=limits, **one).rerouted == 1
+    assert comparison(limits=limits, **two).exceeded() == [
+        "the largest error of a logit (without 10 % of the tokens) is 0.2 standard deviations of "
+        "the logits, allowed are 0.001"
+    ]
+    assert comparison(limits=Limits(1e-3, None, None), **one).exceeded() != []
+
+
 def test_what_is_within_the_limits_passes() -> None:
     found = verification(comparison(), comparison("dequantized"))
     found.check()
@@ -135,7 +149,8 @@ def test_the_file_has_every_number_and_no_infinity() -> None:
         "relative_error": 1e-6,
         "expected": pytest.approx(3e-5),
     }
-    assert part["limits"] == {"max_error": 1e-3, "kl": 1e-6, "top1": 0.9, "layer": 1e-5}
+    limits = {"max_error": 1e-3, "kl": 1e-6, "top1": 0.9, "layer": 1e-5}
+    assert part["limits"] == {**limits, "cosine": None, "rerouted": 0.0}
 
 
 def test_a_report_has_80_columns() -> None:

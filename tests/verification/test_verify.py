@@ -24,7 +24,6 @@ from relaxlm.errors import (
     LibraryError,
     RequestError,
     TokenizerError,
-    UnsupportedError,
     VerificationError,
     VersionError,
     WeightsError,
@@ -451,12 +450,3 @@ def test_texts_without_usable_tokens_are_refused(llama: Path, q0f32: Path, tmp_p
     (bare / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError, match=f"^{bare}: no tokenizer.json"):
         prepare(bare, folder, ["a"], device="cpu")
-
-
-def test_an_embedding_model_is_refused(tiny_encoder) -> None:
-    with pytest.raises(UnsupportedError) as raised:
-        prepare(tiny_encoder.source, tiny_encoder.folder, ["the cat"])
-    assert str(raised.value) == (
-        f"{tiny_encoder.source} is an embedding model, and verify compares logits, of which it has "
-        "none. Compare the vectors of `relaxlm embed --opt act_quant=0` with sentence-transformers'"
-    )
