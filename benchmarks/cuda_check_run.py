@@ -379,6 +379,9 @@ def _worker(folder: Path, numbers: Sequence[int], end: float, limit: float):
     finally:
         process.kill()
         process.wait()
+        for thread, pipe in zip(threads, (process.stdout, process.stderr), strict=True):
+            thread.join()
+            pipe.close()
 
 
 def _is_wrong(result: dict[str, Any]) -> bool:
