@@ -47,7 +47,7 @@ def test_what_one_sequence_takes(plain: LibraryMetadata, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_an_engine_takes(plain: LibraryMetadata, kind: str) -> None:
     info, config = of_kind(plain, kind), EngineConfig()
-    model = SimpleNamespace(folder="tiny", library=SimpleNamespace(metadata=info))
+    model = SimpleNamespace(folder="tiny", library=SimpleNamespace(metadata=info, device="cpu"))
     engine = SimpleNamespace(model=model, plan=plan_cache(info, config), config=config)
     text = "\n".join(_memory_lines(cast(EngineLoop, engine)))
     assert ("KV cache" in text) == (kind != "recurrent")
