@@ -56,7 +56,7 @@ class Config(LatentConfig, MoEConfig):
     mlp_bias: bool
     first_k_dense_replace: NonNegativeInt
     num_experts_per_tok: NonNegativeInt
-    n_shared_experts: PositiveInt
+    n_shared_experts: PositiveInt  # type: ignore[assignment]
     moe_intermediate_size: PositiveInt
     moe_layer_freq: Literal[1]
     topk_method: Literal["greedy", "group_limited_greedy"]

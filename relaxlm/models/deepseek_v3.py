@@ -53,6 +53,7 @@ class Config(LatentConfig, BiasedConfig):
     model_type: Literal["deepseek_v3", "kimi_k2"]
     scoring_func: Literal["sigmoid"]
     rope_interleave: Literal[True]
+    n_shared_experts: NonNegativeInt  # type: ignore[assignment]
     first_k_dense_replace: NonNegativeInt
     moe_intermediate_size: PositiveInt
     moe_layer_freq: Literal[1]

@@ -54,6 +54,7 @@ class Config(BiasedConfig):
     rope_in_pairs: ClassVar[bool] = True
 
     model_type: Literal["ernie4_5_moe"]
+    n_shared_experts: NonNegativeInt  # type: ignore[assignment]
     scoring_func: Literal["softmax"]
     use_bias: Literal[False]
     moe_intermediate_size: PositiveInt

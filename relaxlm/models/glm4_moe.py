@@ -33,6 +33,7 @@ class FirstLayersDense(BiasedConfig):
 
     scoring_func: Literal["sigmoid"]
     attention_bias: bool
+    n_shared_experts: NonNegativeInt = 0  # type: ignore[assignment]
     first_k_dense_replace: NonNegativeInt
     moe_intermediate_size: PositiveInt
 

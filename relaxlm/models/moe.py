@@ -1,7 +1,7 @@
 """Mixture of experts: each token passes a few of many MLPs, the ones that a router chooses."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 from tvm import te
@@ -27,14 +27,14 @@ class MoEConfig(DecoderConfig):
     Attributes:
         num_experts: of a layer.
         num_experts_per_tok: how many of them a token passes.
-        n_shared_experts: how many others every token passes.
+        n_shared_experts: how many others every token passes; none, where a family has no such.
         num_nextn_predict_layers: behind the last one in the checkpoint, layers that guess further
             tokens. They are not compiled, and their tensors stay unused.
     """
 
     num_experts: PositiveInt
     num_experts_per_tok: PositiveInt
-    n_shared_experts: NonNegativeInt = 0
+    n_shared_experts: Literal[0] = 0
     num_nextn_predict_layers: NonNegativeInt = 0
 
     @property

@@ -91,7 +91,7 @@ class Config(HybridConfig, BiasedConfig):
     use_conv_bias: bool
     time_step_limit: tuple[float, float]
     residual_in_fp32: Literal[False]
-    n_shared_experts: Literal[1]
+    n_shared_experts: Literal[1]  # type: ignore[assignment]
     moe_intermediate_size: PositiveInt
     moe_shared_expert_intermediate_size: PositiveInt
     moe_latent_size: Literal[None] = None

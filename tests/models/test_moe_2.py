@@ -94,3 +94,14 @@ def test_logits_match_transformers(variant: str) -> None:
 def test_what_is_not_there_is_refused_by_name(variant: str, change: dict, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         models.load_config({**VARIANTS[variant], **change})
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "minimax_m2", "olmoe", "granitemoe"])
+def test_shared_experts_are_refused_where_a_family_has_none(model_type: str) -> None:
+    raw = VARIANTS.get(model_type) or tiny_config(model_type)
+    assert models.load_config({**raw, "n_shared_experts": 0}).num_experts
+    with pytest.raises(UnsupportedError) as error:
+        models.load_config({**raw, "n_shared_experts": 2})
+    assert str(error.value) == (
+        "config.json: n_shared_experts = 2 is not supported: Input should be 0"
+    )
