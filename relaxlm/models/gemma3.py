@@ -12,12 +12,10 @@ from tvm.relax.frontend.nn import Tensor
 from relaxlm.models.base import CausalLM, Step
 from relaxlm.models.config import DecoderConfig, rope_fields, text_fields
 from relaxlm.models.layers import GatedMLP, RMSNorm, SplitProjections, merge_heads
-from relaxlm.models.rope import Rope
+from relaxlm.models.local_rope import LocalRopeConfig
 
 
-class Config(DecoderConfig):
-    """`rope` is that of layers that read everything, `local_rope` that of the others."""
-
+class Config(LocalRopeConfig):
     absent: ClassVar[dict] = {
         "vocab_size": 262208,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -45,8 +43,6 @@ class Config(DecoderConfig):
 
     model_type: Literal["gemma3", "gemma3_text"]
     hidden_act: Literal["gelu_pytorch_tanh"]
-    local_rope: Rope
-    layer_types: tuple[str, ...]
     attention_bias: bool
     query_pre_attn_scalar: PositiveFloat
     final_logit_softcapping: Literal[None]
@@ -71,13 +67,6 @@ class Config(DecoderConfig):
     def _rope(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         whole = (values.get("rope_parameters") or {}).get("full_attention")
         return rope_fields(values, whole or values.get("rope_scaling"))
-
-    def layer_rope(self, layer: int) -> Any:
-        return self.local_rope if self.layer_types[layer] == "sliding_attention" else self.rope
-
-    def for_context(self, context: int) -> DecoderConfig:
-        local = self.local_rope.for_context(context)
-        return super().for_context(context).model_copy(update={"local_rope": local})
 
     @property
     def attention_scale(self) -> float:

@@ -1,15 +1,14 @@
 """GPT-2, after `transformers/models/gpt2/modeling_gpt2.py`: learned positions, and matrices that
 the checkpoint has the other way round."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from tvm.relax.frontend import nn
-from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn import Tensor
 
-from relaxlm.errors import ConfigError
-from relaxlm.models.base import CacheHandle, CausalLM, Step
+from relaxlm.models.base import Step
 from relaxlm.models.config import DecoderConfig
 from relaxlm.models.layers import (
     MLP,
@@ -20,12 +19,11 @@ from relaxlm.models.layers import (
     scaled,
     split_heads,
 )
-from relaxlm.models.weights import Role, Source
+from relaxlm.models.learned_positions import LearnedConfig, LearnedPositions
+from relaxlm.models.weights import Source
 
 
-class Config(DecoderConfig):
-    """`rope` is None: a table has a vector for each of `max_position_embeddings` positions."""
-
+class Config(LearnedConfig):
     absent: ClassVar[dict] = {
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
@@ -45,7 +43,6 @@ class Config(DecoderConfig):
     }
 
     model_type: Literal["gpt2"]
-    rope: None  # type: ignore[assignment]
     scale_attn_weights: bool
     scale_attn_by_inverse_layer_idx: bool
     add_cross_attention: Literal[False]
@@ -54,30 +51,9 @@ class Config(DecoderConfig):
     def read(cls, raw: Mapping[str, Any], where: str) -> "DecoderConfig":
         return super().read(with_sizes(raw), where)
 
-    @classmethod
-    def _rope(cls, values: Mapping[str, Any]) -> Any:
-        return None
-
     @property
     def attention_scale(self) -> float:
         return super().attention_scale if self.scale_attn_weights else 1.0
-
-    def for_context(self, context: int) -> "Config":
-        if context > self.max_position_embeddings:
-            raise ConfigError(
-                f"context_window_size = {context}: this model has learned positions for "
-                f"{self.max_position_embeddings} tokens and no others. Set it to at most that"
-            )
-        return self
-
-    def with_window(self, window: int, sinks: int) -> "DecoderConfig":
-        if window > 0:
-            raise ConfigError(
-                f"sliding_window_size = {window}: this model has learned positions for "
-                f"{self.max_position_embeddings} tokens, so a text cannot go on beyond them. "
-                "Leave it out"
-            )
-        return super().with_window(window, sinks)
 
 
 class ScaledAttention(Attention):
@@ -88,8 +64,8 @@ class ScaledAttention(Attention):
         return self.o_proj(merge_heads(step.attention(layer, scaled(q, 1 / (layer + 1)), k, v)))
 
 
-class LearnedPositions(CausalLM):
-    """A decoder whose tokens get a vector of their position added."""
+class GPT2Like(LearnedPositions):
+    """With GPT-2's blocks and names."""
 
     checkpoint_names: ClassVar[Mapping[str, str]] = {
         "model": "transformer",
@@ -114,28 +90,14 @@ class LearnedPositions(CausalLM):
             Block(config, attention(config, True, True), MLP(config), LayerNorm)
             for _ in range(config.num_hidden_layers)
         ]
-        super().__init__(config, blocks, LayerNorm)
-        self.model.embed_positions = nn.Embedding(
-            config.max_position_embeddings, config.hidden_size
-        )
+        super().__init__(config, blocks)
         if config.tie_word_embeddings:  # in published folders, there are two matrices all the same
             self.lm_head = nn.Linear(
                 config.hidden_size, config.vocab_size, bias=False, out_dtype="float32"
             )
 
-    def hidden_states(self, input_ids: Tensor, positions: Tensor, cache: CacheHandle) -> tuple:
-        first, *others = super().hidden_states(input_ids, positions, cache)
-        added = op.astype(self.model.embed_positions(positions), "float32")
-        return (first + added, *others)
-
-    def _layers(self, x: Tensor, positions: Tensor, cache: CacheHandle) -> Iterator[Tensor]:
-        return super()._layers(x + self.model.embed_positions(positions), positions, cache)
-
     def _logits(self, x: Tensor) -> Tensor:
         return self.lm_head(x)
-
-    def _role(self, name: str, shape: tuple[int, ...]) -> Role:
-        return "embedding" if "embed_positions" in name else super()._role(name, shape)
 
     def _sources(self, name: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
@@ -143,7 +105,7 @@ class LearnedPositions(CausalLM):
         return super()._sources(name, shape)
 
 
-class Model(LearnedPositions):
+class Model(GPT2Like):
     def __init__(self, config: Config) -> None:
         by_depth = config.scale_attn_by_inverse_layer_idx
         super().__init__(config, ScaledAttention if by_depth else Attention)

@@ -28,7 +28,7 @@ class Config(gpt2.Config):
         return super().read({**raw, **({"num_key_value_heads": 1} if one else {})}, where)
 
 
-class Model(gpt2.LearnedPositions):
+class Model(gpt2.GPT2Like):
     def __init__(self, config: Config) -> None:
         super().__init__(config, Attention)
         self.head_by_head = not config.multi_query

@@ -8,7 +8,7 @@ from tvm.relax.frontend.nn import Tensor
 
 from relaxlm.models.base import CausalLM, Step
 from relaxlm.models.config import DecoderConfig
-from relaxlm.models.layers import GatedMLP, JointNormAttention, RMSNorm
+from relaxlm.models.layers import Attends, Feeds, GatedMLP, JointNormAttention, RMSNorm
 
 
 class Config(DecoderConfig):
@@ -27,10 +27,8 @@ class Config(DecoderConfig):
 class Block(nn.Module):
     """What attention and MLP add to the residual stream goes through a norm."""
 
-    def __init__(self, config: Config) -> None:
-        bias = config.attention_bias
-        self.self_attn = JointNormAttention(config, bias, bias)
-        self.mlp = GatedMLP(config)
+    def __init__(self, config: DecoderConfig, attention: Attends, mlp: Feeds) -> None:
+        self.self_attn, self.mlp = attention, mlp
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -46,4 +44,9 @@ class Model(CausalLM):
     }
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config, [Block(config) for _ in range(config.num_hidden_layers)])
+        bias = config.attention_bias
+        blocks = [
+            Block(config, JointNormAttention(config, bias, bias), GatedMLP(config))
+            for _ in range(config.num_hidden_layers)
+        ]
+        super().__init__(config, blocks)

@@ -97,6 +97,18 @@ class DynamicRope(_Rope):
         return (np.float32(1) / self._wavelengths(dim, base)).astype(np.float32)
 
 
+class AlphaRope(_Rope):
+    """A larger base, whatever the length of the text (Hunyuan)."""
+
+    rope_type: Literal["ntk_alpha"]
+    alpha: PositiveFloat
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        dim = self.rotary_dim(head_dim)
+        base = self.rope_theta * self.alpha ** (dim / (dim - 2))
+        return (np.float32(1) / self._wavelengths(dim, base)).astype(np.float32)
+
+
 class Llama3Rope(_Rope):
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
 

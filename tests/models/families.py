@@ -39,6 +39,7 @@ EXACT, QUANTIZED = "q0f32", "q4f16_1"
 
 # What is published under a model_type, where the name does not say it.
 RUNS = {
+    "apertus": "Apertus 8B and 70B",
     "baichuan": "Baichuan 1 and 2",
     "bert": "BERT encoders for embeddings: bge, E5, GTE, MiniLM, Arctic Embed",
     "bloom": "BLOOM, BLOOMZ",
@@ -48,7 +49,9 @@ RUNS = {
     "deepseek_v2": "DeepSeek-V2, V2-Lite, Coder-V2",
     "deepseek_v3": "DeepSeek-V3, V3.1, R1",
     "dots1": "dots.llm1",
+    "ernie4_5": "ERNIE 4.5 0.3B",
     "ernie4_5_moe": "ERNIE 4.5 21B-A3B, 300B-A47B",
+    "exaone4": "EXAONE 4.0 1.2B and 32B",
     "falcon": "Falcon 7B, 40B, 180B, 11B, RW",
     "gemma": "Gemma 1, CodeGemma",
     "gemma2": "Gemma 2",
@@ -65,6 +68,7 @@ RUNS = {
     "granite": "Granite 3 dense",
     "granitemoe": "Granite 3 1B-A400M, 3B-A800M",
     "granitemoehybrid": "Granite 4",
+    "hunyuan_v1_dense": "Hunyuan 0.5B to 7B",
     "internlm2": "InternLM 2 and 2.5",
     "kimi_k2": "Kimi K2",
     "lfm2": "LFM2",
@@ -83,7 +87,9 @@ RUNS = {
     "nemotron_h": "Nemotron-H, Nemotron 3",
     "olmo": "OLMo 1",
     "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3 7B and 32B",
     "olmoe": "OLMoE 1B-7B",
+    "opt": "OPT 125M to 66B, but for 350M",
     "orion": "Orion 14B",
     "phi": "Phi-1, 1.5 and 2",
     "phi3": "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini",
@@ -101,6 +107,7 @@ RUNS = {
     "rwkv5": "RWKV 5",
     "rwkv6": "RWKV 6",
     "rwkv7": "RWKV 7",
+    "seed_oss": "Seed-OSS 36B",
     "smollm3": "SmolLM3",
     "stablelm": "StableLM 3B, StableLM Zephyr, StableLM 2",
     "starcoder2": "StarCoder 2",
