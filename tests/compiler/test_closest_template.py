@@ -64,9 +64,11 @@ def test_alike_means_the_same_text() -> None:
 
 
 # Of these there are base models and encoders only.
-WITHOUT_CHAT = {"bert", "bloom", "gpt2", "gpt_bigcode", "gptj", "mamba2", "roberta", "xlm-roberta"}
+WITHOUT_CHAT = {
+    *("bert", "bloom", "gpt2", "gpt_bigcode", "gptj", "mamba2", "opt", "roberta", "xlm-roberta"),
+}
 # These bring a chat template whose format no other tool has a name for.
-WITHOUT_NAME = {"falcon"}
+WITHOUT_NAME = {"apertus", "cohere2", "exaone4", "falcon", "hunyuan_v1_dense", "seed_oss"}
 
 
 def test_every_architecture_has_names_or_no_chat_models() -> None:
