@@ -53,7 +53,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable:
 
 
 def check_logits(
-    emulated: Callable, kind: str, preset: str, tolerance: float, driver: bool
+    emulated: Callable, kind: str, preset: str, tolerance: float, driver: bool = False
 ) -> None:
     params = random_parameters(RAW, get_scheme(preset))
     with emulated(kind, driver) as gpu:

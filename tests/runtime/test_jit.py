@@ -129,6 +129,17 @@ def test_a_wrong_override_is_refused_before_anything_is_compiled(tiny, cache, sa
     assert not saved and not cache.exists()
 
 
+def test_a_gpu_without_a_runtime_is_noticed_before_compiling(tiny, cache, saved):
+    with pytest.raises(ConfigError) as caught:
+        library_for(tiny.folder, "opencl")
+    assert str(caught.value) == (
+        "device 'opencl': the TVM installed here has no runtime for it; of the released wheels "
+        "none has. Use cpu, or `relaxlm compile --device opencl` for another machine "
+        "(docs/targets.md)"
+    )
+    assert not saved
+
+
 def test_a_cache_that_cannot_be_written_is_noticed_before_compiling(
     tiny, tmp_path, saved, monkeypatch
 ):
