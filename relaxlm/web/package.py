@@ -58,7 +58,8 @@ def package_web(folder: Path, libraries: Sequence[Path], output: Path) -> None:
         output: is made, or replaced if it is such a folder.
 
     Raises:
-        ConfigError: an output that is something else, or two libraries for one device.
+        ConfigError: an output that is something else, a model that does not chat, or two libraries
+            for one device.
         LibraryError: a library that does not fit the folder.
         ToolchainError: npm is needed, and not there.
     """
@@ -72,6 +73,11 @@ def package_web(folder: Path, libraries: Sequence[Path], output: Path) -> None:
     for path in libraries:
         metadata = read_metadata(path)
         check_fits_model(Library(None, metadata, path), folder, config)
+        if metadata.model_task != "chat":
+            raise ConfigError(
+                f"{folder}: the page chats, and this model is for {metadata.model_task}; load its "
+                "library in a page of your own (docs/web.md)"
+            )
         weights.check({param.name: (param.shape, param.dtype) for param in metadata.params})
         device = metadata.target.kind
         if device in by_device:

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,39 +89,45 @@ def node(driver: Path) -> RunNode:
 
 
 @pytest.fixture(scope="session")
-def webgpu_node(node: RunNode) -> RunNode:
-    """Runs a module as `node` does, where there is WebGPU, too; `dtype` is what it computes in."""
+def dawn() -> str:
+    """The beginning of a module for Node.js in which there is WebGPU."""
     try:
-        dawn = node_modules(Path(__file__).parent / "dawn") / "webgpu" / "index.js"
+        package = node_modules(Path(__file__).parent / "dawn") / "webgpu" / "index.js"
     except ToolchainError as error:
         pytest.skip(str(error))
-    start = (
-        f"import {{ create, globals }} from {json.dumps(dawn.as_uri())};\n"
+    return (
+        f"import {{ create, globals }} from {json.dumps(package.as_uri())};\n"
         "Object.assign(globalThis, globals);\n"
         "const value = { gpu: create([]) };\n"
         'Object.defineProperty(globalThis, "navigator", { value, configurable: true });\n'
     )
 
-    @cache
-    def features(driver: str) -> list[str]:
-        """What a driver has beyond the least; "none" if it has no device."""
-        ask = "const found = await navigator.gpu.requestAdapter();\n"
-        tell = 'output(found ? [...found.features] : ["none"]); process.exit(0);'
-        return node(start + ask + tell, VK_ICD_FILENAMES=driver)
 
-    def run(script: str, data: Any = None, dtype: str = "float32") -> Any:
-        found = [str(file) for folder, name in SOFTWARE_GPUS for file in Path(folder).glob(name)]
-        for driver in found:
-            if "none" in features(driver):
-                continue
-            if dtype != "float16" or "shader-f16" in features(driver):
-                # Dawn would keep the process alive.
-                script = f"{start}{script}\nprocess.exit(0);"
-                return node(script, data, VK_ICD_FILENAMES=driver)
+@pytest.fixture(scope="session")
+def software_gpu(node: RunNode, dawn: str) -> tuple[str, str]:
+    """A driver of Vulkan, and what it computes in: "float16", or "float32" if there is no other."""
+    ask = "const found = await navigator.gpu.requestAdapter();\n"
+    tell = "output(found ? [...found.features] : null); process.exit(0);"
+    found = [str(file) for folder, name in SOFTWARE_GPUS for file in Path(folder).glob(name)]
+    features = {driver: node(dawn + ask + tell, VK_ICD_FILENAMES=driver) for driver in found}
+    usable = [driver for driver in found if features[driver] is not None]
+    if not usable:
         pytest.skip(
-            f"no software GPU that computes in {dtype}; Mesa's, from its version 25 on, does "
-            f"(Debian's package mesa-vulkan-drivers). Drivers found: {', '.join(found) or 'none'}"
+            "no GPU in software: install Mesa's, Debian's package mesa-vulkan-drivers from version "
+            f"25 on, or Chromium. Drivers found: {', '.join(found) or 'none'}"
         )
+    half = [driver for driver in usable if "shader-f16" in features[driver]]
+    return (half[0], "float16") if half else (usable[0], "float32")
+
+
+@pytest.fixture(scope="session")
+def webgpu_node(node: RunNode, dawn: str, software_gpu: tuple[str, str]) -> RunNode:
+    """Runs a module as `node` does, where there is WebGPU, too."""
+
+    def run(script: str, data: Any = None) -> Any:
+        # Dawn would keep the process alive.
+        ended = f"{dawn}{script}\nprocess.exit(0);"
+        return node(ended, data, VK_ICD_FILENAMES=software_gpu[0])
 
     return run
 

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from relaxlm import ChatModule
+from relaxlm.errors import ConfigError
+from relaxlm.web.package import package_web
 from tests.tiny_embedder import TinyEmbedder
 from tests.web.conftest import RunNode, compile_demo
 
@@ -66,3 +69,5 @@ def test_vectors_are_those_of_python(
     assert found["chat"] == (
         "LibraryError: the library is for embedding, not for chat: load it with Embedder"
     )
+    with pytest.raises(ConfigError, match=r"the page chats, and this model is for embedding; load"):
+        package_web(tiny_encoder.folder, [library], tmp_path / "site")

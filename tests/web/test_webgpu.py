@@ -1,6 +1,5 @@
 """A model compiled for the GPU of browsers, in Node.js by Dawn, the WebGPU of Chromium."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,20 +33,22 @@ output({ logits, replies });
 
 # What rounding may make of logits up to 12. In float32, WGSL lets sine and cosine, and with them
 # the rotary embedding, be off by 2 ** -11; in float16, every activation is rounded.
-@pytest.mark.parametrize(("dtype", "most"), [("float16", 0.05), ("float32", 5e-3)])
+MOST = {"float16": 0.03, "float32": 5e-3}
+
+
 def test_logits_and_greedy_tokens_are_those_of_the_cpu(
-    webgpu_node: RunNode, request: pytest.FixtureRequest, dtype: str, most: float
+    webgpu_node: RunNode, software_gpu: tuple[str, str], request: pytest.FixtureRequest
 ) -> None:
+    _, dtype = software_gpu
     name = {"float16": "demo", "float32": "demo32"}[dtype]
-    folder: Path = request.getfixturevalue(name)
-    cpu: Path = request.getfixturevalue(f"{name}_cpu")
+    folder, cpu, library = (
+        request.getfixturevalue(f"{name}{what}") for what in ("", "_cpu", "_webgpu")
+    )
     steps, expected = on_cpu(folder, cpu, STEPS)
-    webgpu_node("output(0);", None, dtype)  # skips before it compiles
     data: dict[str, Any] = {"folder": str(folder), "steps": steps, "prompts": PROMPTS}
-    data["library"] = str(request.getfixturevalue(f"{name}_webgpu"))
-    found = webgpu_node(RUN, data, dtype)
+    found = webgpu_node(RUN, {**data, "library": str(library)})
     for ours, theirs in zip(found["logits"], expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=most)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=MOST[dtype])
     chat = ChatModule(folder, model_lib=cpu)
     for prompt, tokens in zip(PROMPTS, found["replies"], strict=True):
         chat.reset_chat()
