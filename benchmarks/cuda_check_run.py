@@ -326,7 +326,8 @@ def run(folder: Path, output: Path, parts: Sequence[str], seconds: float, limit:
             path.write_text(json.dumps(results, indent=1) + "\n")
     table = report(items, results)
     (output / "results.md").write_text(table)
-    print(f"\n{table}\n{len(waiting)} of {len(items)} items are left; results in {path}")
+    left = sum(item["name"] not in results for item in items)
+    print(f"\n{table}\n{left} of {len(items)} items did not run yet; results in {path}")
     checked = [item["name"] for item in items if item["part"] in ("kernel", "model")]
     return not any(_is_wrong(results[name]) for name in checked if name in results)
 
