@@ -173,8 +173,8 @@ def test_webgpu_is_refused() -> None:
     with pytest.raises(UnsupportedError) as error:
         compile_model(config, raw, scheme, resolve_device("webgpu"), options)
     assert str(error.value) == (
-        "linear biases in attention (ALiBi) are not supported on webgpu. Compile this model for "
-        "cpu or cuda"
+        "bloom: attention with linear biases (ALiBi) is not supported on webgpu. Compile for the "
+        "CPU: --device wasm in browsers, --device cpu elsewhere"
     )
 
 
