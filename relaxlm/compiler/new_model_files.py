@@ -170,7 +170,7 @@ def _module(nearest: Comparison) -> str:
 def _model_file(nearest: Comparison, model_type: str, open_points: list[str]) -> str:
     parent = _module(nearest)
     points = "".join(_wrapped(point, "- ", "  ") for point in open_points)
-    document = f'"""{model_type}, drafted by `relaxlm new-model` after relaxlm/models/{parent}.py.'
+    document = f'"""{model_type}, drafted by `relaxlm new-model` after models/{parent}.py.'
     document += f'\n\nOpen points:\n{points}"""' if points else '"""'
     declared = [name for name in nearest.unknown if _can_be_declared(name)]
     others = [name for name in nearest.unknown if name not in declared]
