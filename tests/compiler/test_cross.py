@@ -55,7 +55,7 @@ def test_a_library_is_linked_for(name: str, tmp_path: Path) -> None:
     packed = pack(Version("plainest", ()), [(Version("best", ("neon",)), b"a library" * 999)])
     write_object(data, packed, resolve_device(name))
     objects = [data] if platform.runs_python else []
-    export_library(executable(name), output, zig_linker(platform), objects)
+    export_library(executable(name), output, zig_linker(platform), objects=objects)
     assert output.read_bytes().startswith(MAGIC[platform.system])
     assert list(folder.iterdir()) == [output], "something else was left behind"
     if objects:
