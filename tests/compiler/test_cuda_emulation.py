@@ -229,6 +229,8 @@ def test_scheduled_model_runs_in_the_virtual_machine() -> None:
             executable = tvm.compile(module, target=cuda.target)
         machine = relax.VirtualMachine(executable.mod, tvm.cuda())
         result = machine["forward"](*(cuda.tensor(array) for array in (x, norm, up))).numpy()
+    x, norm, up = (array.astype("float64") for array in (x, norm, up))
     y = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * norm @ up.T
     y = np.exp(y / (1 + np.exp(-y)))
-    np.testing.assert_allclose(result, y / y.sum(-1, keepdims=True), rtol=1e-5)
+    # The exponents are up to 20, and rounded to float32 before they are used.
+    np.testing.assert_allclose(result, y / y.sum(-1, keepdims=True), rtol=2e-5)
