@@ -44,7 +44,7 @@ class RelaxLM(StepRuntime):
     def step(self, ids: np.ndarray) -> np.ndarray:
         rows = np.arange(len(ids), dtype=np.int32)
         steps = [(seq, 1) for seq in self.held]
-        return self.generator.step(steps, ids.astype(np.int32), rows).argmax(-1)
+        return self.generator.step(steps, ids.astype(np.int32), rows).all().argmax(-1)
 
 
 def load(folder: Path):

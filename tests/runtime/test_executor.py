@@ -41,7 +41,7 @@ def loaded(tiny: TinyModel) -> tuple[Generator, PagedSequences]:
 def run(generator: Generator, steps: list[tuple[int, int]], ids: np.ndarray) -> np.ndarray:
     """Logits of the last token of each sequence, [b, vocab]."""
     last = np.cumsum([n for _, n in steps]).astype(np.int32) - 1
-    return generator.step(steps, ids.astype(np.int32), last)
+    return generator.step(steps, ids.astype(np.int32), last).all()
 
 
 def test_logits_are_those_of_the_reference_in_chunks_and_token_by_token(tiny, loaded):
