@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,8 @@ def load_module(path: Path | str) -> Any:
     load()
     import tvm_ffi
 
-    return tvm_ffi.load_module(str(path))
+    # A name without a folder would be looked for among the system's libraries.
+    return tvm_ffi.load_module(os.path.abspath(path))
 
 
 def load_library(path: str) -> Any:

@@ -36,6 +36,11 @@ def test_a_library_tells_what_it_was_compiled_for(tiny, loaded):
     assert info.memory.params == sum(array.nbytes for array in tiny.weights.values())
 
 
+def test_a_file_of_this_folder_needs_no_more_than_its_name(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.library.parent)
+    assert Library.load(Path(tiny.library.name)).metadata.model_type == "llama"
+
+
 # Files that are no libraries
 
 
