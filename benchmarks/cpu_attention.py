@@ -27,7 +27,7 @@ from relaxlm.compiler.kernels import cpu_attention
 from relaxlm.compiler.kernels.attention import PAGE_SIZE, AttentionShape
 from relaxlm.compiler.kernels.builder import emit, scratch, tensor
 from relaxlm.compiler.kernels.isa import dot_products
-from relaxlm.compiler.kernels.vector import multiply_add, prefetch, splat
+from relaxlm.compiler.kernels.vector import multiply_add, prefetch, splat, vector_unit
 from relaxlm.compiler.target import resolve_device
 from relaxlm.quantization.kv_cache import KVFormat, get_kv_format
 
@@ -43,7 +43,9 @@ PROMPTS = ((512, 0), (2048, 0), (512, 7680))
 # More than the caches of two cores; and as many contexts as a deep model has layers.
 RESIDENT, MOST_CONTEXTS = 128e6, 32
 LINES = 64  # cache lines that a task of the read loop takes
-CHAINS, PASSES, TASKS = 12, 50_000, 64
+# Sums of 16 lanes that are independent, as many as fit into the registers.
+CHAINS = 12 if vector_unit(resolve_device("cpu").tvm_target()).registers >= 32 else 6
+PASSES, TASKS = 50_000, 64
 
 
 def compiled(function: tirx.PrimFunc):

@@ -229,6 +229,27 @@ def check_transcription(
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5, err_msg=str(chunks))
 
 
+def check_text_part(outer: dict) -> None:
+    """The text part of a model that reads pictures, too, gives that part's logits, also quantized.
+
+    Args:
+        outer: config.json, with `text_config`.
+    """
+    model = reference_model(outer["text_config"])
+    state = dict(model.state_dict())
+    inner = {name.replace("model.", "model.language_model.", 1): name for name in state}
+    named = {name: state[of] for name, of in inner.items()}
+    ids = np.random.default_rng(7).integers(0, VOCAB, 37)
+    for scheme in ("q0f32", "q4f16_1"):
+        stored = stored_parameters(outer, named, scheme)
+        compiled = Compiled(outer, stored, scheme, "kv_cache_dtype=float32")
+        (logits,) = compiled.run([ids], [20, 1, 16])
+        if scheme != "q0f32":
+            kept = dequantized_state(outer, named, scheme)
+            model.load_state_dict({inner[name]: kept[name] for name in kept}, strict=False)
+        np.testing.assert_allclose(logits, reference_logits(model, ids), rtol=1e-4, atol=1e-5)
+
+
 def compiled_and_reference(
     raw: dict, scheme: str, overrides: str
 ) -> tuple[Compiled, transformers.PreTrainedModel]:

@@ -75,15 +75,23 @@ VARIANTS = {
 @pytest.fixture(autouse=True)
 def names_of_published_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers renames some tensors when it reads a checkpoint; this is the way back."""
-    stored = parity.stored_parameters
-    renamed = {"lm_head.weight": "embed_out.weight"}
+    stored, dequantized = parity.stored_parameters, parity.dequantized_state
+    published = {"lm_head.weight": "embed_out.weight"}
+    ours = {name: own for own, name in published.items()}
 
-    def as_published(raw: dict, state: dict, scheme: str) -> dict:
-        if raw["model_type"] == "gpt_neox":
-            state = {renamed.get(name, name): tensor for name, tensor in state.items()}
-        return stored(raw, state, scheme)
+    def named(raw: dict, state: dict, names: dict[str, str]) -> dict:
+        if raw["model_type"] != "gpt_neox":
+            return state
+        return {names.get(name, name): tensor for name, tensor in state.items()}
 
-    monkeypatch.setattr(parity, "stored_parameters", as_published)
+    def stored_as_published(raw: dict, state: dict, scheme: str) -> dict:
+        return stored(raw, named(raw, state, published), scheme)
+
+    def dequantized_as_published(raw: dict, state: dict, scheme: str) -> dict:
+        return named(raw, dequantized(raw, named(raw, state, published), scheme), ours)
+
+    monkeypatch.setattr(parity, "stored_parameters", stored_as_published)
+    monkeypatch.setattr(parity, "dequantized_state", dequantized_as_published)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -91,9 +99,9 @@ def test_logits_match_transformers(variant: str) -> None:
     parity.check_parity(VARIANTS[variant])
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gptj"])
-def test_quantized(model_type: str) -> None:
-    parity.check_quantized(gpt_config(model_type, rotary_dim=8))
+@pytest.mark.parametrize("variant", ["gpt_neox", "gpt2", "gptj"])
+def test_quantized(variant: str) -> None:
+    parity.check_quantized(VARIANTS[variant])
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode"])

@@ -200,6 +200,13 @@ def test_the_outer_configuration_says_whether_the_head_is_tied() -> None:
     assert models.load_config({**raw, "tie_word_embeddings": True}).tie_word_embeddings
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_the_text_part_of_a_model_that_reads_pictures(name: str) -> None:
+    inner = VARIANTS[f"{name}_text"]
+    tied = inner["tie_word_embeddings"]
+    parity.check_text_part({"model_type": name, "text_config": inner, "tie_word_embeddings": tied})
+
+
 REFUSED = {
     "activation": ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act = 'gelu'"),
     "gate": ({"attn_output_gate": False}, UnsupportedError, "attn_output_gate = False"),
