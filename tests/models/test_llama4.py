@@ -60,6 +60,10 @@ def test_quantized_logits_match_transformers() -> None:
     parity.check_quantized(VARIANTS["scout"])
 
 
+def test_the_text_part_of_a_model_that_reads_pictures() -> None:
+    parity.check_text_part({"model_type": "llama4", "text_config": VARIANTS["scout"]})
+
+
 def test_layers_alternate_as_the_configuration_says() -> None:
     raw = {**config(num_hidden_layers=8, interleave_moe_layer_step=2), "no_rope_layer_interval": 4}
     read = models.load_config(raw)
