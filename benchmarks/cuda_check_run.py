@@ -157,8 +157,8 @@ class Runner:
         params = {tensor.name: _random_like(tensor.shape, tensor.dtype) for tensor in info.params}
         executor = Executor.from_arrays(library, params, size.pages, size.state_slots)
         del params
-        session = Session(executor, size.sequences(info), None)  # type: ignore[arg-type]
-        prompt, decode = item["prompt"], []
+        session = Session(executor, size.sequences(info))
+        prompt = item["prompt"]
         loaded = time.perf_counter() - start
         session.prefill(prompt)
         prefill = [session.prefill(prompt) for _ in range(ROUNDS)]

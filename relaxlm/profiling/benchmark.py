@@ -122,7 +122,10 @@ def _row(
 
 
 def _weights(session: Session) -> list[np.ndarray] | None:
-    """Those that are worth reading, in the memory that the kernels read; None if all are small."""
+    """Those that are worth reading, in the memory that the kernels read; None if all are small, or
+    in no folder."""
     weights = session.weights
+    if weights is None:
+        return None
     big = [name for name, record in weights.records.items() if record.nbytes >= _BIG]
     return [weights.load(name) for name in big] or None

@@ -22,11 +22,14 @@ class Session:
 
     Attributes:
         executor, sequences: of the model, for whoever needs more.
-        weights: where they come from.
+        weights: where they come from; None if they are in no folder.
     """
 
     def __init__(
-        self, executor: Executor, sequences: PagedSequences, weights: WeightFolder
+        self,
+        executor: Executor,
+        sequences: PagedSequences,
+        weights: WeightFolder | None = None,
     ) -> None:
         self.executor, self.sequences, self.weights = executor, sequences, weights
         self._random = np.random.default_rng(0)
