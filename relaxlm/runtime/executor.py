@@ -2,7 +2,6 @@
 
 import mmap
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from relaxlm.errors import ContextOverflowError, RequestError
 from relaxlm.runtime import gpu, tvm_runtime
 from relaxlm.runtime.library import Library
 from relaxlm.runtime.params import WeightFolder
+from relaxlm.runtime.step_inputs import SeparateInputs, SharedInputs, StepInputs
 from relaxlm.runtime.step_logits import DeviceLogits, StepLogits
 from relaxlm.runtime.step_tables import BatchTables, TextTables
 from relaxlm.runtime.threads import set_threads
@@ -87,12 +87,8 @@ class Executor:
         # What `download` finds out about every tensor is known of these.
         self._read = tvm_runtime.download if self.on_gpu else np.from_dlpack
         self.limits, self.vocab_size = self.metadata.limits, self.metadata.vocab_size
-        self._staging = _aligned_empty(0)
-        self._staged_sizes: list[int] = []
-        self._staged_arrays: list[np.ndarray] = []
-        self._staged_tensors: list[Any] = []
-        # Place and tensor, by how many are uploaded together and which of them it is.
-        self._uploaded: dict[tuple[int, int], tuple[Any, Any]] = {}
+        # By how many arrays a function takes, so that what is called in turns keeps its tensors.
+        self._staged: dict[int, StepInputs] = {}
         cache, states = self.metadata.kv_cache.tensors, self.metadata.state.tensors
         self._kv = _array([self._zeros((pages, *tensor.shape), tensor.dtype) for tensor in cache])
         assert state_slots or not states, "recurrent layers, and no slot for their states"
@@ -234,44 +230,18 @@ class Executor:
             f'{getattr(self.limits, option)}; compile with --overrides "{option}={count}"'
         )
 
-    def _inputs(self, arrays: Sequence[np.ndarray]) -> list[Any]:
-        """A step's integers as int32 tensors, which the next call of this function overwrites.
+    def _inputs(self, arrays: Sequence[np.ndarray]) -> Sequence[Any]:
+        """A step's integers as int32 tensors, good until so many are made again."""
+        inputs = self._staged.get(len(arrays))
+        if inputs is None:
+            inputs = self._staged[len(arrays)] = self._new_inputs()
+        return inputs.fill(arrays)
 
-        They stay as long as steps have the same shapes, and on a CPU they share one buffer: to make
-        nine tensors anew costs more than a small step.
-        """
-        if self.on_gpu:
-            return self._upload([np.ascontiguousarray(array, np.int32) for array in arrays])
-        sizes = [len(array) for array in arrays]
-        if sizes != self._staged_sizes:
-            self._stage(sizes)
-        for view, array in zip(self._staged_arrays, arrays, strict=True):
-            view[:] = array
-        return self._staged_tensors
-
-    def _upload(self, arrays: list[np.ndarray]) -> list[Any]:
-        """Arrays [k] on the GPU, each at its own place: to allocate and free memory stops a GPU."""
-        tensors = []
-        for i, array in enumerate(arrays):
-            key = len(arrays), i
-            place, tensor = self._uploaded.get(key, (None, None))
-            if place is None or place.shape[0] < len(array):
-                place, tensor = tvm_runtime.empty((2 * len(array) + 1,), "int32", self.device), None
-            if tensor is None or tensor.shape[0] != len(array):
-                tensor = tvm_runtime.view(place, array.shape, "int32")
-            self._uploaded[key] = place, tensor
-            tvm_runtime.overwrite(tensor, array)
-            tensors.append(tensor)
-        return tensors
-
-    def _stage(self, sizes: list[int]) -> None:
-        line = tvm_runtime.ALIGNMENT // 4
-        offsets = list(accumulate((-(-size // line) * line for size in sizes), initial=0))
-        if offsets[-1] > len(self._staging):
-            self._staging = _aligned_empty(2 * offsets[-1])
-        arrays = [self._staging[at : at + n] for at, n in zip(offsets, sizes, strict=False)]
-        self._staged_tensors = [tvm_runtime.share(array) for array in arrays]
-        self._staged_arrays, self._staged_sizes = arrays, sizes
+    def _new_inputs(self) -> StepInputs:
+        kind = self.metadata.target.kind
+        if kind in gpu.PLAIN_GPUS:
+            return SeparateInputs(self.device)
+        return SharedInputs(None if kind == "cpu" else self.device)
 
     def _zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
         """A tensor of zeros; on a CPU, memory is taken only where it is written."""
@@ -306,17 +276,8 @@ def _array(tensors: Sequence[Any]) -> Any:
     return tvm_ffi.Array(list(tensors))
 
 
-def _aligned_empty(count: int) -> np.ndarray:
-    """[count] int32 at an address that tensors may have."""
-    buffer = np.empty(count + tvm_runtime.ALIGNMENT // 4, np.int32)
-    start = -buffer.ctypes.data % tvm_runtime.ALIGNMENT // 4
-    return buffer[start : start + count]
-
-
 def _aligned_copy(array: np.ndarray) -> np.ndarray:
-    buffer = np.empty(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    aligned = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned = tvm_runtime.aligned(array.size, array.dtype).reshape(array.shape)
     aligned[...] = array
     return aligned
 

@@ -145,6 +145,63 @@ def view(tensor: Any, shape: Sequence[int], dtype: str) -> Any:
     return _function("TVMTensorCreateView")(tensor, tvm_ffi.Shape(shape), tvm_ffi.dtype(dtype), 0)
 
 
+def part(tensor: Any, start: int, count: int) -> Any:
+    """The numbers start .. start + count - 1 of a tensor [k], at an address of their own.
+
+    A plain view would have the tensor's address and an offset, which compiled kernels refuse. Only
+    for devices whose pointers are addresses: CPUs and CUDA.
+    """
+    import tvm_ffi
+
+    offset = start * tensor.dtype.itemsize
+    create = _function("TVMTensorCreateView")
+    shape = tvm_ffi.Shape((count,))
+    moved = _Moved(create(tensor, shape, tvm_ffi.dtype(str(tensor.dtype)), offset))
+    return tvm_ffi.from_dlpack(moved, require_alignment=ALIGNMENT)
+
+
+class _Moved:
+    """Offers a view through DLPack with its offset added to its address."""
+
+    def __init__(self, view: Any) -> None:
+        self._device = view.__dlpack_device__()
+        self._capsule = view.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        exchanged = _DLTensor.from_address(pointer(self._capsule, b"dltensor"))
+        exchanged.data = (exchanged.data or 0) + exchanged.byte_offset
+        exchanged.byte_offset = 0
+
+    def __dlpack__(self, **_: object) -> object:
+        return self._capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device
+
+
+class _DLTensor(ctypes.Structure):
+    """As DLPack's header has it; it is the first field of what a capsule holds."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("dtype", ctypes.c_uint32),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+def aligned(count: int, dtype: Any) -> np.ndarray:
+    """[count] numbers that are not set, at an address that tensors may have."""
+    size = count * np.dtype(dtype).itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(dtype)
+
+
 def empty(shape: Sequence[int], dtype: str, device: Any) -> Any:
     """A tensor whose values are not set."""
     load()
