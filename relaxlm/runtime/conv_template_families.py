@@ -122,8 +122,8 @@ FAMILY_TEMPLATES = (
     _roles(
         "nemotron_nano_v2",
         ("<SPECIAL_10>System\n", "<SPECIAL_11>User\n", "<SPECIAL_11>Assistant\n"),
-        ("\n\n", "\n", "\n<SPECIAL_12>\n\n"),
-        empty="<think>\n\n",
+        ("\n\n", "\n", "\n<SPECIAL_12>\n"),
+        empty="<think>\n",
         stop=("<SPECIAL_12>",),
         strip_reasoning=True,
     ),

@@ -282,7 +282,7 @@ _TEXTS: Mapping[str, tuple[str, str, str, str, str]] = {
     "<tool_call>": ("", "<tool_call>\n", "\n</tool_call>", "\n", ""),
     "<|tool|>": ("<|tool_call|>[", "", "", ", ", "]<|/tool_call|>"),
     "<|tool_call|>": ("<|tool_call|>[", "", "", ", ", "]"),
-    "<|tool_list_start|>": ("<|tool_call_start|>[", "", "", ", ", "]<|tool_call_end|>"),
+    "List of tools: ": ("<|tool_call_start|>[", "", "", ", ", "]<|tool_call_end|>"),
     "<tool> ": ("", "<toolcall> ", " </toolcall>", "\n", ""),
 }
 

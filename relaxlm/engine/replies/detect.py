@@ -26,6 +26,7 @@ REASONING: Mapping[str, ReasoningTags] = {
     "THINK": ReasoningTags("[THINK]", "[/THINK]"),
     "THINKING": ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>"),
     "seed": ReasoningTags("<seed:think>", "</seed:think>"),
+    "inner": ReasoningTags("<|inner_prefix|>", "<|inner_suffix|>"),
     "channel": ReasoningTags("<|channel>thought\n", "<channel|>"),
 }
 
@@ -114,6 +115,7 @@ class ReplyFormat:
                 self.tools.marks_of(request.names),
                 lambda reader, sink, mark: self.tools.read(reader, sink, mark, request),
                 on_lines=self.tools.named,
+                in_reasoning=self.tools.in_reasoning,
             )
 
         return ReplyParser(read, new_id or (short_id if self.tools.short_ids else openai_id))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import Literal
-
 from relaxlm.engine.replies import harmony, tagged_calls, xml_calls
 from relaxlm.engine.replies.json_calls import calls
 from relaxlm.engine.replies.python_calls import python_calls
@@ -23,74 +19,18 @@ from relaxlm.engine.replies.tagged_calls import (
     KIMI_CALL_END,
     KIMI_END,
 )
+from relaxlm.engine.replies.tool_format import (
+    BARE_MARKS,
+    ID,
+    NAME,
+    NUMBER,
+    SPACE,
+    Layout,
+    ReadCalls,
+    ToolFormat,
+)
 from relaxlm.engine.replies.tools import ToolRequest
 from relaxlm.engine.replies.xml_calls import MINIMAX_BEGIN, MINIMAX_END
-
-ReadCalls = Callable[[Reader, Sink, str, ToolRequest], Wait]
-
-# Marks behind which there is a call only if JSON says so.
-BARE_MARKS = ("```json", "{", "[")
-# What stands in a layout for the function's name, for nine letters and digits, for a number, and
-# for a space that some vocabularies put there.
-NAME, ID, NUMBER, SPACE = "{name}", "{id}", "{number}", "{space}"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How calls are written: `begin`, calls of `before` ARGUMENTS `after` with `between` between
-    them, `end`.
-
-    Attributes:
-        trigger: the text behind which a free text becomes a call; the beginning of `begin` and
-            `before`. "" if calls have no mark of their own.
-        arguments: JSON, or one by one in the tags of xml_calls.
-        several: whether more than one call can be written.
-    """
-
-    before: str
-    after: str = ""
-    begin: str = ""
-    between: str = ""
-    end: str = ""
-    trigger: str = ""
-    arguments: Literal["json", "qwen", "seed", "glm", "minimax"] = "json"
-    several: bool = True
-
-
-@dataclass(frozen=True)
-class ToolFormat:
-    """One way to write calls.
-
-    Attributes:
-        marks: texts behind which a call may begin.
-        read: what comes behind a mark.
-        layout: how a grammar makes the model write calls.
-        hints: all of these texts in a chat template mean this format.
-        other_hint: so does this one alone.
-        named: a call begins with a line that is a function's name and nothing else.
-        tokens: texts that are tokens of their own in many vocabularies.
-        short_ids: ids of nine letters and digits.
-    """
-
-    name: str
-    marks: tuple[str, ...]
-    read: ReadCalls
-    layout: Layout
-    hints: tuple[str, ...]
-    tokens: tuple[str, ...] = field(default=())
-    short_ids: bool = False
-    other_hint: str | None = None
-    named: bool = False
-
-    def marks_of(self, names: Collection[str]) -> tuple[str, ...]:
-        """The texts behind which a call of one of these functions may begin."""
-        return (*self.marks, *(f"{name}\n" for name in sorted(names) if self.named))
-
-    def is_meant_by(self, template: str) -> bool:
-        """Whether a chat template's text speaks of this format."""
-        if self.other_hint is not None and self.other_hint in template:
-            return True
-        return all(hint in template for hint in self.hints)
 
 
 def _bare(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
@@ -144,8 +84,23 @@ def _seed(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
     return xml_calls.seed_call(reader, sink, tools.functions)
 
 
-def _lfm2(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
-    return python_calls(reader, sink, "<|tool_call_end|>")
+def _python(end: str) -> ReadCalls:
+    """Reads calls as in Python up to a mark."""
+    return lambda reader, sink, mark, tools: python_calls(reader, sink, end)
+
+
+def _apertus(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
+    return tagged_calls.by_name(reader, sink, "<|tools_suffix|>")
+
+
+def _hunyuan(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
+    return tagged_calls.hunyuan(reader, sink)
+
+
+def _internlm2(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
+    yield from reader.skip_space()
+    yield from reader.expect("<|plugin|>")  # <|interpreter|> has code behind it
+    yield from tagged_calls.in_tags(reader, sink, "<|action_end|>")
 
 
 def _glm4(reader: Reader, sink: Sink, mark: str, tools: ToolRequest) -> Wait:
@@ -268,7 +223,7 @@ FORMATS = (
     ToolFormat(
         "lfm2",
         ("<|tool_call_start|>",),
-        _lfm2,
+        _python("<|tool_call_end|>"),
         # Calls as in Python are what the models write by themselves; they know these, too.
         Layout(
             _ARGUMENTS,
@@ -280,7 +235,7 @@ FORMATS = (
         ),
         ("<|tool_call_start|>",),
         ("<|tool_call_start|>", "<|tool_call_end|>"),
-        other_hint="<|tool_list_start|>",
+        other_hint="List of tools: ",
     ),
     ToolFormat(
         "nemotron",
@@ -321,6 +276,69 @@ FORMATS = (
         ),
         ("<|START_ACTION|>",),
         ("<|START_ACTION|>", "<|END_ACTION|>"),
+    ),
+    ToolFormat(
+        "apertus",
+        ("<|tools_prefix|>",),
+        _apertus,
+        Layout(
+            f'{{"{NAME}": ', "}", "<|tools_prefix|>[", ", ", "]<|tools_suffix|>", "<|tools_prefix|>"
+        ),
+        ("<|tools_prefix|>",),
+        ("<|tools_prefix|>", "<|tools_suffix|>"),
+        in_reasoning=True,
+    ),
+    ToolFormat(
+        "olmo3",
+        ("<function_calls>",),
+        _python("</function_calls>"),
+        Layout(
+            f"{NAME}(",
+            ")",
+            "<function_calls>",
+            "\n",
+            "</function_calls>",
+            "<function_calls>",
+            arguments="python",
+        ),
+        ("<function_calls>",),
+        ("<function_calls>", "</function_calls>"),
+    ),
+    ToolFormat(
+        "internlm2",
+        ("<|action_start|>",),
+        _internlm2,
+        Layout(
+            f"<|action_start|><|plugin|>\n{_PARAMETERS}",
+            "}<|action_end|>",
+            trigger="<|action_start|>",
+            several=False,
+        ),
+        ("<|plugin|>",),
+        ("<|action_start|>", "<|plugin|>", "<|action_end|>"),
+    ),
+    ToolFormat(
+        "hunyuan",
+        ("<tool_calls>",),
+        _hunyuan,
+        Layout(
+            f"<tool_call>{NAME}\n```json\n",
+            "\n```</tool_call>",
+            "<tool_calls>\n",
+            "\n",
+            "\n</tool_calls>",
+            "<tool_calls>",
+        ),
+        ("<tool_calls>", "<tool_call>", "```json"),
+        ("<tool_calls>", "</tool_calls>", "<tool_call>", "</tool_call>"),
+    ),
+    ToolFormat(
+        "tool_calls",
+        ("<tool_calls>",),
+        _hunyuan,
+        Layout(_ARGUMENTS, "}", "<tool_calls>[", ", ", "]</tool_calls>", "<tool_calls>"),
+        ("<tool_calls>",),
+        ("<tool_calls>", "</tool_calls>"),
     ),
     ToolFormat(
         "mistral_call_id",

@@ -17,17 +17,11 @@ from collections.abc import Collection, Mapping, Sequence
 from relaxlm.engine.grammar import GrammarSpec
 from relaxlm.engine.grammar_schema import json_rule
 from relaxlm.engine.grammar_source import lark_source, literal
-from relaxlm.engine.replies.formats import (
-    BARE_MARKS,
-    ID,
-    NAME,
-    NUMBER,
-    SPACE,
-    ToolFormat,
-)
 from relaxlm.engine.replies.harmony import CHANNEL, END, MESSAGE, START
 from relaxlm.engine.replies.json_calls import KNOWN_KEYS
 from relaxlm.engine.replies.parser import ReasoningTags
+from relaxlm.engine.replies.python_arguments import python_arguments
+from relaxlm.engine.replies.tool_format import BARE_MARKS, ID, NAME, NUMBER, SPACE, ToolFormat
 from relaxlm.engine.replies.tools import Function, ToolRequest
 from relaxlm.engine.replies.xml_arguments import tagged_arguments
 
@@ -146,12 +140,19 @@ class ReplyGrammar:
             return f"({rules.text(begin)} {thought} {rules.text(end)})?"
         if self._reasoning is None:
             return ""
-        thought = rules.up_to(self._reasoning.end, "thought")
+        marks = [mark for mark in self._tools.marks if mark not in self._special]
+        before = "TEXT"
+        if self._tools.in_reasoning and marks:
+            texts = " | ".join(map(literal, marks))
+            before = rules.add("QUIET", f"TEXT & ~(TEXT ({texts}) TEXT)")
+        thought = rules.up_to(self._reasoning.end, "thought", before)
         if inside:
             return f"{thought} WHITE?"
         return f"({rules.text(self._reasoning.begin)} {thought} WHITE?)?"
 
     def _arguments(self, rules: Rules, function: Function, i: int, required: bool) -> str:
+        if self._layout.arguments == "python":
+            return python_arguments(rules, function, i)
         if self._layout.arguments != "json":
             return tagged_arguments(rules, function, i, self._layout.arguments)
         return rules.add(f"arguments_{i}", arguments_rule(function, required))

@@ -62,6 +62,7 @@ def read_reply(
     marks: Sequence[str],
     read_calls: CallReader | None,
     on_lines: bool = False,
+    in_reasoning: bool = False,
 ) -> Wait:
     """Reasoning, if the reply begins with it, then content and calls.
 
@@ -69,9 +70,11 @@ def read_reply(
         inside: the prompt has opened the reasoning already.
         marks: texts that may begin a call; none is the beginning of another.
         on_lines: they do so at the beginning of a line only, behind white space at most.
+        in_reasoning: they also do so in the reasoning, which ends there.
     """
     if reasoning is not None:
-        yield from _read_reasoning(reader, sink, reasoning, inside)
+        ends = marks if in_reasoning else ()
+        yield from _read_reasoning(reader, sink, reasoning, inside, ends)
     new_line = True
     while True:
         reader.forget()
@@ -96,14 +99,19 @@ def read_reply(
         new_line = True
 
 
-def _read_reasoning(reader: Reader, sink: Sink, tags: ReasoningTags, inside: bool) -> Wait:
+def _read_reasoning(
+    reader: Reader, sink: Sink, tags: ReasoningTags, inside: bool, ends: Sequence[str]
+) -> Wait:
+    """`ends` are other texts that end the reasoning, and begin what follows."""
     # A model may write the tag that its prompt ends with once more.
     if not (yield from reader.skip_after_space(tags.begin)) and not inside:
         return
     mark = None
     while mark is None:
         reader.forget()
-        before, mark = yield from reader.until([tags.end])
+        before, mark = yield from reader.until([tags.end, *ends])
         sink.reasoning(before)
         if mark is None and not before:
             return
+    if mark != tags.end:
+        reader.pos -= len(mark)

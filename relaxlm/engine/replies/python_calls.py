@@ -1,4 +1,5 @@
-"""Calls written as in Python: [get_weather(city="Paris", days=3), stop()], in LFM2's marks.
+"""Calls written as in Python: [get_weather(city="Paris", days=3), stop()] in LFM2's marks, or a
+line for each in OLMo 3's.
 
 Values are literals of Python or of JSON. Some models put strings between quotes without escaping
 what is in them, so a string ends with a quote behind which the argument ends.
@@ -17,7 +18,7 @@ _WORDS = {"true": "true", "false": "false", "null": "null"}
 
 
 def python_calls(reader: Reader, sink: Sink, end: str) -> Wait:
-    """Behind the mark: calls in brackets, as JSON or as Python, and the mark `end`."""
+    """Behind the mark: calls, as JSON or as Python, in brackets or not, and the mark `end`."""
     yield from reader.skip_space()
     start = reader.pos
     listed = yield from reader.skip("[")
@@ -36,7 +37,8 @@ def python_calls(reader: Reader, sink: Sink, end: str) -> Wait:
         try:
             reader.check_patience()
             yield from reader.skip_space()
-            yield from reader.expect(",")
+            if not (yield from reader.skip(",")) and listed:
+                raise NotACall
             yield from reader.skip_space()
             yield from _call(reader, sink)
         except NotACall:
@@ -146,11 +148,19 @@ def as_json(text: str) -> str:
     text = text.strip()
     if text in _WORDS:
         return _WORDS[text]
-    for read in (ast.literal_eval, json.loads):
+    # JSON first: its strings may have halves of characters, which are no text in Python's.
+    for read in (json.loads, ast.literal_eval):
         try:
-            return json.dumps(read(text), ensure_ascii=False, allow_nan=False)
+            value = read(text)
+            found = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            return found if _is_text(found) else json.dumps(value)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
         text = text[1:-1]
     return json.dumps(text, ensure_ascii=False)
+
+
+def _is_text(text: str) -> bool:
+    """Whether no character is half of one."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)

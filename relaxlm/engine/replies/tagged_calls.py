@@ -7,7 +7,7 @@ call follows. A mark at the end may be missing.
 
 from collections.abc import Callable, Collection, Generator
 
-from relaxlm.engine.replies.json_calls import calls, stream_object
+from relaxlm.engine.replies.json_calls import calls, json_string, stream_object
 from relaxlm.engine.replies.reader import NotACall, Reader, Wait
 from relaxlm.engine.replies.sink import Sink
 
@@ -45,6 +45,64 @@ def named(reader: Reader, sink: Sink, name: str) -> Wait:
         raise NotACall
     sink.call(name)
     yield from stream_object(reader, sink)
+
+
+def by_name(reader: Reader, sink: Sink, end: str) -> Wait:
+    """Apertus: [{"name": {..}}, ..], and the mark `end`."""
+    yield from reader.skip_space()
+    yield from reader.expect("[")
+    yield from _named_object(reader, sink)
+    while True:
+        reader.forget()
+        if (yield from reader.skip_after_space("]")):
+            yield from reader.skip_after_space(end)
+            return
+        try:
+            reader.check_patience()
+            yield from reader.skip_space()
+            yield from reader.expect(",")
+            yield from _named_object(reader, sink)
+        except NotACall:
+            reader.back(0)
+            return
+
+
+def _named_object(reader: Reader, sink: Sink) -> Wait:
+    yield from reader.skip_space()
+    yield from reader.expect("{")
+    yield from reader.skip_space()
+    name = yield from json_string(reader)
+    yield from reader.skip_space()
+    yield from reader.expect(":")
+    yield from reader.skip_space()
+    if not name or (yield from reader.peek()) != "{":
+        raise NotACall
+    sink.call(name)
+    yield from stream_object(reader, sink)
+    yield from reader.skip_after_space("}")
+
+
+def hunyuan(reader: Reader, sink: Sink) -> Wait:
+    """<tool_calls>[{"name": .., "arguments": ..}, ..]</tool_calls>, or for each call <tool_call>, a
+    line with the function's name, and a fenced block of JSON.
+    """
+    yield from repeated(reader, "</tool_calls>", lambda: _hunyuan_call(reader, sink))
+
+
+def _hunyuan_call(reader: Reader, sink: Sink) -> Wait:
+    if not (yield from reader.skip_after_space("<tool_call>")):
+        yield from calls(reader, sink)
+        return
+    name = yield from name_before(reader, "\n")
+    yield from reader.skip_space()
+    yield from reader.expect("```json")
+    yield from reader.skip_space()
+    if (yield from reader.peek()) != "{":
+        raise NotACall
+    sink.call(name)
+    yield from stream_object(reader, sink)
+    yield from reader.skip_after_space("```")
+    yield from reader.skip_after_space("</tool_call>")
 
 
 def python_tag(reader: Reader, sink: Sink) -> Wait:

@@ -58,7 +58,7 @@ def _argument(rules: Rules, function: Function, key: str, name: str, style: Styl
     value: str
     if "string" not in types:
         rule = rules.add(
-            f"value_{name}", json_rule(_alone(schema, function.parameters), not function.strict)
+            f"value_{name}", json_rule(alone(schema, function.parameters), not function.strict)
         )
         value = f"{rule} {rules.text(after)}"
     elif texts := _texts(schema):
@@ -89,7 +89,7 @@ def _texts(schema: Any) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value) for value in values]
 
 
-def _alone(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
+def alone(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
     """A part of a schema with what it may refer to."""
     if not isinstance(schema, Mapping):
         schema = {}

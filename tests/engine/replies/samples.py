@@ -109,6 +109,9 @@ def cases() -> Iterator[Case]:
     yield from _minimax()
     yield from _seed()
     yield from _python()
+    yield from _apertus()
+    yield from _hunyuan()
+    yield from _internlm2()
     yield from _harmony()
 
 
@@ -454,6 +457,49 @@ def _python() -> Iterator[Case]:
     yield lfm2("cut in a list", f"{begin}[f(o=[1, '", [("f", '{"o": [1, \'')])
     yield lfm2("no key", f"{begin}[f(1)]", [], f"{begin}[f(1)]")
     yield lfm2("a second that is none", f"{begin}[g(), f f]", [("g", "{}")], ", f f]")
+
+    yield lfm2(
+        "halves of characters",
+        f'{begin}[f(s="\\ud83d\\ude00 a\\/b", t="\\ud83d")]',
+        [("f", '{"s": "😀 a/b", "t": "\\ud83d"}')],
+    )
+    olmo = f"<function_calls>f({values})\ng()\ng( )</function_calls>"
+    yield Case("olmo3", "olmo3", f"Ok.{olmo}", [("f", expected), ("g", "{}"), ("g", "{}")], "Ok.")
+    wrong = "<function_calls>no call</function_calls>"
+    yield Case("olmo3 malformed", "olmo3", wrong, [], wrong)
+
+
+def _apertus() -> Iterator[Case]:
+    def apertus(name: str, text: str, *more: Any) -> Case:
+        return Case(f"apertus {name}", "apertus", text, *more)
+
+    begin, end = "<|tools_prefix|>", "<|tools_suffix|>"
+    two = f'{begin}[{{"f": {HARD}}},\n {{"g": {{}} }}]{end}'
+    yield apertus("two", f"Ok. {two} So.", [("f", HARD), ("g", "{}")], "Ok.  So.")
+    yield apertus("in the reasoning", f"<think>hm {two}", [("f", HARD), ("g", "{}")], None, "hm")
+    yield apertus("cut", f'{begin}[{{"f": {{"s": "a', [("f", '{"s": "a')])
+    for text in (f"{begin}{{}}{end}", f'{begin}[{{"f": 1}}]', f'{begin}[{{"": {{}}}}]'):
+        yield apertus(f"malformed {text}", text, [], text)
+    yield apertus("a second that is none", f'{begin}[{{"g": {{}}}}, 1]', [("g", "{}")], ", 1]")
+
+
+def _hunyuan() -> Iterator[Case]:
+    fenced = "<tool_call>f\n```json\n%s\n```</tool_call>\n<tool_call>g\n```json\n{}\n```" % HARD
+    listed = '[{"name": "f", "arguments": %s}, {"name": "g", "arguments": {}}]' % HARD
+    lines = listed[1:-1].replace("}, {", "}\n{")
+    for name in ("hunyuan", "tool_calls"):
+        for kind, body in (("fenced", fenced), ("listed", listed), ("in lines", lines)):
+            text = f"Ok.\n<tool_calls>\n{body}\n</tool_calls>"
+            yield Case(f"{name} {kind}", name, text, [("f", HARD), ("g", "{}")], "Ok.")
+        for wrong in ("<tool_calls>\n<tool_call>f x", "<tool_calls>none</tool_calls>"):
+            yield Case(f"{name} malformed {wrong}", name, wrong, [], wrong)
+
+
+def _internlm2() -> Iterator[Case]:
+    call = '<|action_start|><|plugin|>\n{"name": "f", "parameters": %s}<|action_end|>' % HARD
+    yield Case("internlm2", "internlm2", f"I look.{call}\n", [("f", HARD)], "I look.")
+    code = "<|action_start|><|interpreter|>\n```python\n```<|action_end|>"
+    yield Case("internlm2 code", "internlm2", code, [], code)
 
 
 def _harmony() -> Iterator[Case]:

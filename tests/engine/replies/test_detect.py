@@ -180,16 +180,21 @@ def test_a_named_template_tells_of_channels() -> None:
 
 # What is told of templates that are not among the shared files.
 TOLD = {
+    "apertus": "{%- set inner_token = '<|inner_prefix|>' -%} '<|tools_prefix|>'",
     "command_a": "{{ '<|START_THINKING|>' }}<|START_ACTION|>[",
     "glm4": "[gMASK]<sop>{% for m in messages %}<|observation|>",
     "granite": "<|start_of_role|>system<|end_of_role|> write <|tool_call|> and a list",
     "hermes": "<|start_of_role|>system<|end_of_role|> <tool_call>",
+    "hunyuan": "'<tool_calls>\\n' <tool_call>name\\n```json\\n{}\\n```</tool_call>",
+    "internlm2": "<|im_start|>system name=<|plugin|>\\n",
     "kimi": "<|tool_calls_section_begin|> <|tool_call_begin|>",
-    "lfm2": "List of tools: <|tool_list_start|>[",
+    "lfm2": "List of tools: [",
     "minimax": "{% set begin = '<minimax:tool_call>' %}<think>",
     "minitron": "<extra_id_1>User {{ '\\n<tool> ' + tool | tojson + ' </tool>' }}",
     "nemotron": "<TOOLCALL>[{",
     "seed": "<seed:tool_call>\\n<function=x>\\n<parameter=y> {{ '<seed:think>' }}",
+    "tool_calls": "'<tool_calls>[{\"name\": <function-name>}]</tool_calls>'",
+    "olmo3": "You may call functions within <function_calls></function_calls> XML tags.",
     "qwen3_coder": "<tool_call><function=x><parameter=y>",
 }
 
@@ -198,7 +203,12 @@ TOLD = {
 def test_what_a_template_says_of_calls(name: str) -> None:
     found = detected(TOLD[name])
     assert found.tools.name == name
-    tags = {"command_a": "<|START_THINKING|>", "minimax": "<think>", "seed": "<seed:think>"}
+    tags = {
+        "apertus": "<|inner_prefix|>",
+        "command_a": "<|START_THINKING|>",
+        "minimax": "<think>",
+        "seed": "<seed:think>",
+    }
     assert (found.reasoning.begin if found.reasoning else None) == tags.get(name)
 
 

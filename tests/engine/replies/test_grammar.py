@@ -45,8 +45,10 @@ TOOLS = [STRICT, function("stop"), function("free", parameters={"type": "object"
 FREE = {"type": "function", "function": {"name": "free"}}
 STRUCTURE = (b'"', b"}", b"]", b",", b"<", b">", b"{", b"\n", b":", b"/")
 CONSTRAINED = [entry.name for entry in FORMATS]
-# Lists of JSON between marks, as phi4's.
-LIKE_PHI4 = {"lfm2", "nemotron", "granite", "command_a"}
+# JSON between marks, as phi4's.
+LIKE_PHI4 = {
+    *("command_a", "granite", "hunyuan", "internlm2", "lfm2", "nemotron", "tool_calls"),
+}
 
 
 def fits_strict(arguments: Any) -> bool:
