@@ -31,6 +31,7 @@ def build(
     from relaxlm.compiler.target import resolve_device
     from relaxlm.models import load_config
     from relaxlm.quantization.convert import open_float_checkpoint
+    from relaxlm.runtime.jit import keep
 
     # What can be wrong with the options shows before the long work.
     target = resolve_device(device, arch)
@@ -46,6 +47,8 @@ def build(
     gen_config(source, folder, quantization, conv_template)
     typer.echo(f"3/3 compile -> {library}")
     compile(folder, library, device, None, arch, overrides, verbose=verbose)
+    if arch is None and target.platform.is_here and target.suffix != ".wasm":
+        keep(library, folder, device, overrides)
     if target.suffix == ".wasm":
         typer.echo("It runs in browsers and in Node.js: docs/web.md")
     elif not target.platform.is_here:

@@ -76,11 +76,31 @@ def library_for(
         _check_writable(libraries)
         request.compile(progress=progress).save(path)
         library = Library.load(path)
+    _remember(seen, path.name)
+    return library
+
+
+def keep(library: Path, folder: Path, device: str = "auto", overrides: str | None = None) -> None:
+    """Copy a library that was compiled for a folder to where `library_for` finds it.
+
+    A cache that cannot be written stays as it is.
+    """
+    from relaxlm.compiler.request import CompileRequest
+
+    request = CompileRequest.read(folder, device=device, overrides=overrides)
+    name = f"{_digest(request.identity())}{request.device.suffix}"
+    libraries = cache_folder() / "libraries"
+    with suppress(OSError):
+        libraries.mkdir(parents=True, exist_ok=True)
+        write_atomically(libraries / name, library.read_bytes())
+        _remember(_seen(folder, device, overrides, None), name)
+
+
+def _remember(seen: Path | None, name: str) -> None:
     if seen is not None:
         with suppress(OSError):  # the cache is full or cannot be written: slower next time
             seen.parent.mkdir(exist_ok=True)
-            write_atomically(seen, path.name.encode())
-    return library
+            write_atomically(seen, name.encode())
 
 
 def target_kind(device: str) -> str:
