@@ -61,6 +61,7 @@ ATTENTION = {
         gpu_attention.append_kernel,
         gpu_attention.attend_kernel,
         gpu_attention.view_kernel,
+        gpu_attention.partial_shape,
     ),
 }
 

@@ -3,7 +3,7 @@
 They are loop nests that TVM schedules for any GPU, and the attention of `kernels/gpu_attention.py`.
 """
 
-from relaxlm.compiler.kernels.gpu_attention import CACHE_DTYPES, MAX_QUERY
+from relaxlm.compiler.kernels.gpu_attention import CACHE_DTYPES, MAX_HEAD_DIM
 from relaxlm.errors import UnsupportedError
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.kv_cache import KVFormat
@@ -27,9 +27,7 @@ def refuse_for_plain_gpu(
         ("an encoder's attention", config.is_encoder),
         ("latent attention", config.latent_cache is not None),
         ("mixtures of experts", getattr(config, "num_experts", None)),
-        ("attention with linear biases (ALiBi)", config.alibi_slopes is not None),
-        ("attention in chunks", config.chunked_attention),
-        (f"head_dim = {config.head_dim}", config.head_dim > MAX_QUERY),
+        (f"head_dim = {config.head_dim}", config.head_dim > MAX_HEAD_DIM),
     ):
         if found:
             raise UnsupportedError(

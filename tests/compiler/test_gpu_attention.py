@@ -4,7 +4,7 @@ They are loop nests that TVM also compiles for CUDA; that what it makes of them 
 right is shown by the models of `test_gpu_models.py` and `tests/web`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -27,18 +27,57 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[CudaEmulation]:
         yield emulation
 
 
-def attend(gpu: CudaEmulation, shape: AttentionShape, format: str, dtype: str) -> Callable:
-    """A kernel with the arguments of `cuda_attention.attend_kernel`, of the two that there are."""
-    see = gpu.build(gpu_attention.view_kernel(shape.window, shape.sinks, PAGE))
-    attend = gpu.build(gpu_attention.attend_kernel(shape, KV_FORMATS[format], dtype))
+class Attention:
+    """The attention kernel of a shape, built once.
 
-    def kernel(q: np.ndarray, positions: np.ndarray, *rest: np.ndarray) -> None:
-        row_offsets, page_offsets, page_ids, kv_lengths, dropped, *pages_and_out = rest
-        view = np.full((len(q), 4), -1, "int32")
-        see(positions, row_offsets, page_offsets, kv_lengths, dropped, view)
-        attend(q, view, page_ids, *pages_and_out)
+    Attributes:
+        split: whether its last call cut contexts into parts.
+    """
 
-    return kernel
+    def __init__(self, gpu: CudaEmulation, shape: AttentionShape, format: str, dtype: str) -> None:
+        self.shape, self.format, self.dtype = shape, KV_FORMATS[format], dtype
+        self._see, self._attend = gpu.build_all(
+            [
+                gpu_attention.view_kernel(shape.window, shape.sinks, shape.chunked, PAGE),
+                gpu_attention.attend_kernel(shape, self.format, dtype),
+            ]
+        )
+
+    def __call__(self, q: np.ndarray, positions: np.ndarray, *rest: np.ndarray) -> None:
+        """Takes the arguments of `cuda_attention.attend_kernel`."""
+        row_offsets, page_offsets, page_ids, kv_lengths, dropped, *pages, out = rest
+        view = np.full((len(q), gpu_attention.VIEW_COLUMNS), -1, "int32")
+        self._see(positions, row_offsets, page_offsets, kv_lengths, dropped, view)
+        partial = np.full(gpu_attention.partial_shape(self.shape), np.nan, "float32")
+        self._attend(q, view, row_offsets, page_ids, *pages, out, partial)
+        self.split = not np.isnan(partial).all()
+
+    def check(self, batch: Batch, tolerance: float | None = None, dropped_pages: int = 0) -> None:
+        result = batch.attend(self, self.dtype, dropped_pages)
+        tolerance = ERROR[self.dtype] if tolerance is None else tolerance
+        assert reference.relative_error(result, batch.expected(self.dtype)) < tolerance
+
+    def check_ways(self, tolerance: float | None = None) -> None:
+        """The ways to share out the work: by tokens, by parts of contexts, and by rows."""
+        for way, (lengths, new) in WAYS.items():
+            n, batch = sum(new), len(new)
+            group = self.shape.q_heads // self.shape.kv_heads
+            many = (
+                n >= gpu_attention.MANY_TOKENS * batch
+                and n * group >= gpu_attention.FEW_ROWS * batch
+            )
+            assert many == (way == "rows")
+            self.check(Batch(self.shape, self.format, lengths, new), tolerance)
+            assert self.split == (way == "parts")
+
+
+# Cached tokens, and how many of them are new. Among them a sequence without new tokens, a whole
+# prompt, single tokens, the ends of prompts; and contexts so short that some parts are empty.
+WAYS = {
+    "tokens": ([1, 17, 20, 39], [1, 2, 0, 1]),
+    "parts": ([600, 5, 40], [1, 1, 2]),
+    "rows": ([1, 17, 20, 150, 33], [1, 17, 0, 70, 5]),
+}
 
 
 @pytest.mark.parametrize(
@@ -48,51 +87,55 @@ def attend(gpu: CudaEmulation, shape: AttentionShape, format: str, dtype: str) -
         ((4, 4), 24, "float32", "float32", "random"),
         ((3, 1), 8, "float32", "float16", "forward"),
         ((2, 1), 256, "float16", "float16", "random"),
-        ((40, 2), 128, "float32", "float32", "forward"),  # 20 heads per KV head: several groups
+        ((40, 2), 80, "float32", "float32", "forward"),  # 20 heads per KV head: several groups
+        ((9, 1), 512, "float32", "float32", "random"),  # 256 threads
     ],
-    ids=["gqa", "mha-24", "3-heads", "256", "large-group"],
+    ids=["gqa", "mha-24", "3-heads", "256", "large-group", "512"],
     indirect=["gpu"],
 )
 def test_attention_over_pages(
     gpu: CudaEmulation, heads: tuple[int, int], head_dim: int, dtype: str, format: str
 ) -> None:
     shape = AttentionShape(*heads, head_dim, window=0, sinks=0, scale=0.9 * head_dim**-0.5)
-    # A sequence without new tokens, a whole prompt, single tokens, and the end of a prompt.
-    lengths, new = [1, 17, 20, 150, 33], [1, 17, 0, 1, 5]
-    batch = Batch(shape, KV_FORMATS[format], lengths, new)
-    result = batch.attend(attend(gpu, shape, format, dtype), dtype)
-    assert reference.relative_error(result, batch.expected(dtype)) < ERROR[dtype]
+    Attention(gpu, shape, format, dtype).check_ways()
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"cap": 1.5}, {"sink_logits": True}, {"cap": 3.0, "sink_logits": True, "window": 20}],
-    ids=["cap", "sink", "both-window"],
+    [{"sink_logits": True}, {"cap": 3.0, "sink_logits": True, "window": 20}],
+    ids=["sink", "both-window"],
 )
 @pytest.mark.parametrize("gpu", ["random"], indirect=True)
 def test_capped_scores_and_sink_logits(gpu: CudaEmulation, change: dict) -> None:
-    shape = replace(AttentionShape(6, 2, 16, window=0, sinks=0, scale=0.5), **change)
-    batch = Batch(shape, KV_FORMATS["float32"], lengths=[1, 70, 9], new=[1, 3, 9])
-    # Scores far beyond the cap, and beyond what an exponential takes.
-    batch.q[2][:4] *= np.array([5, 50, 500, -500], "float32")[:, None, None]
-    result = batch.attend(attend(gpu, shape, "float32", "float32"), "float32")
-    assert reference.relative_error(result, batch.expected("float32")) < 4e-6
+    shape = replace(AttentionShape(8, 2, 16, window=0, sinks=0, scale=0.5), **change)
+    attention = Attention(gpu, shape, "float32", "float32")
+    attention.check_ways(4e-6)
+    if shape.cap:
+        # Scores far beyond the cap, and beyond what an exponential takes.
+        batch = Batch(shape, KV_FORMATS["float32"], lengths=[1, 70, 9], new=[1, 3, 9])
+        batch.q[2][:4] *= np.array([5, 50, 500, -500], "float32")[:, None, None]
+        attention.check(batch, 4e-6)
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(5, 0), (20, 4), (33, 20)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": 5},
+        {"window": 33, "sinks": 20, "alibi": True},
+        {"window": 24, "chunked": True},
+    ],
+    ids=["window", "sinks-alibi", "chunked"],
+)
 @pytest.mark.parametrize("gpu", ["random"], indirect=True)
-def test_sliding_window_with_sinks(gpu: CudaEmulation, window: int, sinks: int) -> None:
-    shape = AttentionShape(4, 2, 16, window, sinks, scale=0.25)
-    batch = Batch(shape, KV_FORMATS["float32"], lengths=[150, 131, 3, 30], new=[6, 1, 3, 2])
-    kernel = attend(gpu, shape, "float32", "float32")
-    expected = batch.expected("float32")
-    assert reference.relative_error(batch.attend(kernel, "float32"), expected) < 2e-6
-    # Leaving out pages that no query can see any more changes nothing.
-    for part in ("k", "v", "q", "positions", "pages"):
-        setattr(batch, part, getattr(batch, part)[:2])
-    batch.slots = batch.slots[: 150 + 131]
-    result = batch.attend(kernel, "float32", dropped_pages=3)
-    assert reference.relative_error(result, expected[: 6 + 1]) < 2e-6
+def test_windows_chunks_and_distances(gpu: CudaEmulation, change: dict) -> None:
+    shape = AttentionShape(8, 2, 16, **{"window": 0, "sinks": 0, "scale": 0.25, **change})
+    attention = Attention(gpu, shape, "float32", "float32")
+    attention.check_ways()
+    if shape.window:
+        # Leaving out pages that no query can see any more changes nothing.
+        for new in ([6, 1], [1, 1], [17, 9]):
+            batch = Batch(shape, KV_FORMATS["float32"], lengths=[150, 131], new=new)
+            attention.check(batch, dropped_pages=3)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (24, "float32")])
@@ -118,13 +161,3 @@ def test_pages_are_copied_whole(gpu: CudaEmulation) -> None:
     kernel = gpu.build(copy_kernel((3, PAGE, 5), "float32", "gpu"))
     kernel(pages, np.array([6, 0], "int32"), np.array([1, 4], "int32"))
     np.testing.assert_array_equal(pages, expected)
-
-
-def test_a_kernel_reads_at_most_eight_buffers() -> None:
-    shape = AttentionShape(4, 2, 64, 128, 4, 1.0, sink_logits=True)
-    kernels = [
-        gpu_attention.attend_kernel(shape, KV_FORMATS["float16"], "float16"),
-        gpu_attention.append_kernel(shape, KV_FORMATS["float16"], "float16"),
-        gpu_attention.view_kernel(128, 4, PAGE),
-    ]
-    assert all(len(kernel.params) <= 8 for kernel in kernels)

@@ -1,64 +1,61 @@
 """Paged attention for GPUs other than NVIDIA's: append to pages, find what each query sees, attend.
 
 One set of loop nests serves WebGPU, Metal, OpenCL and ROCm, and asks no more of a GPU than all of
-them have. Pages are those of `cuda_attention`, without fp8, whose bytes WGSL cannot address. Two
-things are different from CUDA:
+them have. Pages are those of `cuda_attention`, without fp8, whose bytes WGSL cannot address.
 
-- A kernel may read eight buffers at most on some devices of WebGPU, so `view_kernel` works out once
-  per step what each query token sees, and `attend_kernel` reads four numbers per token in place of
-  tables.
-- A subgroup has 32 lanes, 64, or any number, so threads work together through workgroup memory
-  only.
+A kernel may read eight buffers at most on some devices of WebGPU, so `view_kernel` works out once
+per step what each query token sees, and attention reads a few numbers per token in place of tables.
 
-`attend_kernel` runs one workgroup per query token and KV head. It goes through the cached tokens in
-tiles: a thread computes the score of one token for one query head, then every thread adds the
-tile's weighted values to elements of the result that stay its own. Barriers stand where all threads
-pass, as WGSL demands: the number of tiles is the same for all of them.
+A workgroup of attention has rows of queries that share keys and values (`gpu_tiles.py`), so these
+are read once: those of one token if the step has few tokens per sequence, else those of several.
+With few tokens and long contexts a context is cut into parts, each of a workgroup, which `_merge`
+puts together.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels import attention
-from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor
+from relaxlm.compiler.kernels.attention import PAGE_SIZE, AttentionShape, PageTensor
 from relaxlm.compiler.kernels.builder import emit, tensor
+from relaxlm.compiler.kernels.cuda_source import OPAQUE
+from relaxlm.compiler.kernels.gpu_tiles import (
+    NO_SCORE,
+    Tile,
+    TileAttention,
+    length,
+    private,
+    put,
+)
 from relaxlm.compiler.kernels.vector import LOG2E
 from relaxlm.quantization.kv_cache import KVFormat
 
 THREADS = 128
-# Below any score, but finite: nothing may give inf - inf.
-NO_SCORE = -1e30
 # What pages hold.
 CACHE_DTYPES = ("float16", "float32")
-# float32 in workgroup memory for the query, at most: a quarter of the 16 KB that all devices have.
-MAX_QUERY = 2048
+MAX_HEAD_DIM = 1024
+# Rows of a workgroup: of the heads of one token, and of several tokens.
+FEW_ROWS, MANY_ROWS = 16, 32
+# New tokens per sequence from which on workgroups have those of several.
+MANY_TOKENS = 4
+# Workgroups that keep a GPU busy; up to how many parts a context is cut for it, and the fewest
+# tokens of a part.
+BUSY, MOST_PARTS, PART_TOKENS = 256, 32, 256
 # What a query token sees: `view_kernel`'s columns.
-FIRST_PAGE, SINKS, WINDOW, COUNT = range(4)
+FIRST_PAGE, SINKS, WINDOW, COUNT, GAP = range(5)
+VIEW_COLUMNS = 5
 
 
 def page_tensors(shape: AttentionShape, format: KVFormat) -> tuple[PageTensor, ...]:
     """The tensors that one layer's cache is made of, each with a leading axis of pages."""
-    assert format.dtype in CACHE_DTYPES and shape.head_dim <= MAX_QUERY, "refused before"
+    assert format.dtype in CACHE_DTYPES and shape.head_dim <= MAX_HEAD_DIM, "refused before"
     return attention.page_tensors(shape, format)
-
-
-def length(name: str) -> tirx.Var:
-    """A length that is known when the kernel runs; WGSL has no 64-bit integers."""
-    return tirx.Var(name, "int32")
-
-
-def private(size: int, dtype: str = "float32") -> tirx.Buffer:
-    """Memory of one thread."""
-    return T.decl_buffer((size,), dtype, scope="local")
-
-
-def shared(size: int, dtype: str = "float32") -> tirx.Buffer:
-    """Memory of one workgroup."""
-    return T.decl_buffer((size,), dtype, scope="shared")
 
 
 @functools.cache
@@ -98,13 +95,13 @@ def append_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
 
 
 @functools.cache
-def view_kernel(window: int, sinks: int, page: int) -> tirx.PrimFunc:
-    """(positions [n], row_offsets, page_offsets [b + 1], kv_lengths, dropped [b]) -> [n, 4] int32.
+def view_kernel(window: int, sinks: int, chunked: bool, page: int) -> tirx.PrimFunc:
+    """(positions [n], row_offsets, page_offsets [b + 1], kv_lengths, dropped [b]) -> [n, 5] int32.
 
     The columns say which cached tokens a query token sees: the place of its sequence's first page
-    in the table; how many of the first tokens; where the rest begins; how many in all. Token j of
-    the cache has the position j before the gap that dropped pages leave, and j + dropped behind it,
-    where new tokens always are.
+    in the table; how many of the first tokens; where the rest begins; how many in all; how wide the
+    gap is that dropped pages leave. Token j of the cache has the position j before the gap, and
+    j + gap behind it, where new tokens always are.
     """
     sink_tokens = math.ceil(sinks / page) * page
 
@@ -115,7 +112,7 @@ def view_kernel(window: int, sinks: int, page: int) -> tirx.PrimFunc:
         page_offsets = tensor("page_offsets", (batch + 1,), "int32")
         kv_lengths = tensor("kv_lengths", (batch,), "int32")
         dropped = tensor("dropped", (batch,), "int32")
-        view = tensor("view", (n, 4), "int32")
+        view = tensor("view", (n, VIEW_COLUMNS), "int32")
 
         def one(token: Expr) -> None:
             low, high = private(1, "int32"), private(1, "int32")
@@ -132,12 +129,13 @@ def view_kernel(window: int, sinks: int, page: int) -> tirx.PrimFunc:
             gap, position = dropped[low[0]], positions[token]
             seen = T.min(kv_lengths[low[0]], position - gap + 1)
             T.buffer_store(view, page_offsets[low[0]], [token, FIRST_PAGE])
+            T.buffer_store(view, gap, [token, GAP])
             if not window:
                 T.buffer_store(view, 0, [token, SINKS])
                 T.buffer_store(view, 0, [token, WINDOW])
                 T.buffer_store(view, seen, [token, COUNT])
                 return
-            start = position - window + 1
+            start = position - position % window if chunked else position - window + 1
             start = T.if_then_else(start <= sink_tokens, start, T.max(start - gap, sink_tokens))
             first = private(2, "int32")
             T.buffer_store(first, T.min(sinks, seen), [0])
@@ -157,120 +155,322 @@ def view_kernel(window: int, sinks: int, page: int) -> tirx.PrimFunc:
     return emit(body)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Into how many parts contexts are cut, of `share` workgroups per query token.
+
+    Attributes:
+        most: parts of all tokens of a step together; there is room for the results of so many.
+    """
+
+    share: int
+
+    @property
+    def most(self) -> int:
+        return max(BUSY // self.share, 1)
+
+    def count(self, n: Expr, table: Expr) -> Expr:
+        """Of each context.
+
+        Args:
+            n: query tokens.
+            table: pages of all sequences.
+        """
+        longest = (table * PAGE_SIZE + PART_TOKENS - 1) // PART_TOKENS
+        return T.max(T.min(self.most // n, T.min(longest, MOST_PARTS)), 1)
+
+
+def _few_rows(heads: int, size: int) -> tuple[Tile, int]:
+    """For the heads of a token that share keys: a tile, and how many of them a token has."""
+    count = -(-heads // min(FEW_ROWS, Tile.most_rows(size)))
+    return Tile.of(-(-heads // count), size), count
+
+
+def _partial_shape(heads: int, size: int, parts: Parts) -> tuple[int, int, int]:
+    """Of a part: sums of weighted values, the largest score, the sum of weights."""
+    return parts.most, heads, size + 2
+
+
+def partial_shape(shape: AttentionShape) -> tuple[int, int, int]:
+    """What `attend_kernel` writes parts' results to, float32."""
+    group = shape.q_heads // shape.kv_heads
+    parts = Parts(shape.kv_heads * _few_rows(group, shape.head_dim)[1])
+    return _partial_shape(shape.q_heads, shape.head_dim, parts)
+
+
+def finish(
+    attention: TileAttention,
+    row: Callable[[Expr], tuple[Expr, Expr]],
+    is_own: Callable[[Expr], Expr],
+    out: tirx.Buffer,
+    sink_logits: tirx.Buffer | None,
+) -> None:
+    """Store results: sums of values by those of weights.
+
+    Args:
+        row: a row -> its token and query head.
+        is_own: whether a row is one, and not there to fill the tile.
+    """
+
+    def store(r: Expr, feature: Expr, total: Expr) -> None:
+        token, head = row(r)
+        by = attention.sums[r]
+        if sink_logits is not None:
+            # Like a token without a value.
+            sink = sink_logits[head] * T.float32(LOG2E)
+            best = attention.best[r]
+            kept = T.exp2(best - T.max(best, sink))
+            total, by = total * kept, by * kept + T.exp2(sink - T.max(best, sink))
+        with T.If(is_own(r)), T.Then():
+            T.buffer_store(out, T.cast(total / by, out.dtype), [token, head, feature])
+
+    attention.each_result(store)
+
+
+def finish_part(
+    attention: TileAttention,
+    row: Callable[[Expr], Expr],
+    is_own: Callable[[Expr], Expr],
+    place: Expr,
+    partial: tirx.Buffer,
+) -> None:
+    """Store what `merge` takes.
+
+    Args:
+        row: a row -> its query head.
+        place: of the token and part.
+    """
+    tile, t, size = attention.tile, attention.thread, attention.tile.size
+
+    def store(r: Expr, feature: Expr, total: Expr) -> None:
+        with T.If(is_own(r)), T.Then():
+            T.buffer_store(partial, total, [place, row(r), feature])
+
+    attention.each_result(store)
+    with T.If(T.And(t < tile.rows, is_own(t))), T.Then():
+        T.buffer_store(partial, attention.best[t], [place, row(t), size])
+        T.buffer_store(partial, attention.sums[t], [place, row(t), size + 1])
+
+
+def merge(
+    n: Expr, parts: Expr, partial: tirx.Buffer, out: tirx.Buffer, sink_logits: tirx.Buffer | None
+) -> None:
+    """Put parts together: a workgroup per query token and head."""
+    heads, size = (int(extent) for extent in out.shape[1:])
+    with (
+        T.thread_binding(n, "blockIdx.x") as token,
+        T.thread_binding(heads, "blockIdx.y") as head,
+        T.thread_binding(THREADS, "threadIdx.x") as t,
+    ):
+        best, total, sums = private(1), private(1), private(1)
+        sink = None if sink_logits is None else sink_logits[head] * T.float32(LOG2E)
+        put(best, NO_SCORE if sink is None else sink)
+        with T.serial(parts) as part:
+            put(best, T.max(best[0], partial[token * parts + part, head, size]))
+        put(total, 0.0 if sink is None else T.exp2(sink - best[0]))
+        with T.serial(parts) as part:
+            place = token * parts + part
+            weight = T.exp2(partial[place, head, size] - best[0])
+            put(total, total[0] + weight * partial[place, head, size + 1])
+        with (
+            T.serial(-(-size // THREADS)) as step,
+            T.If(step * THREADS + t < size),
+            T.Then(),
+        ):
+            feature = step * THREADS + t
+            put(sums, 0.0)
+            with T.serial(parts) as part:
+                place = token * parts + part
+                weight = T.exp2(partial[place, head, size] - best[0])
+                put(sums, sums[0] + weight * partial[place, head, feature])
+            T.buffer_store(out, T.cast(sums[0] / total[0], out.dtype), [token, head, feature])
+
+
 @functools.cache
 def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.PrimFunc:
     """Attention of n query rows over the pages of their sequences, with an online softmax.
 
-    (q [n, q_heads, dim], view [n, 4], page_ids [p], *page tensors, sink_logits [q_heads] float32 if
-    the shape has them) -> [n, q_heads, dim].
+    (q [n, q_heads, dim], view [n, 5], row_offsets [b + 1], page_ids [p], *page tensors, and, if the
+    shape has them, sink_logits [q_heads] float32 and slopes [q_heads] float32) ->
+    [n, q_heads, dim], and room of `partial_shape` that only this kernel reads. n must not be 0.
     """
     heads, q_heads, dim, page = shape.kv_heads, shape.q_heads, shape.head_dim, shape.page_size
-    ratio = q_heads // heads
-    # Query heads of one workgroup; a large group is split over several.
-    share = max(
-        g for g in range(1, ratio + 1) if ratio % g == 0 and g * dim <= MAX_QUERY and g <= 16
-    )
-    parts, tile = ratio // share, THREADS // share
-    kept = math.ceil(share * dim / THREADS)  # elements of the result that a thread computes
+    group = q_heads // heads
+    few, tiles = _few_rows(group, dim)
+    many = Tile.of(min(MANY_ROWS, Tile.most_rows(dim)), dim)
+    shares = Parts(heads * tiles)
 
     def body() -> None:
-        n, table, pages = length("n"), length("p"), length("pages")
+        n, ends, table, pages = (length(name) for name in ("n", "ends", "p", "pages"))
         q = tensor("q", (n, q_heads, dim), dtype)
-        view = tensor("view", (n, 4), "int32")
+        view = tensor("view", (n, VIEW_COLUMNS), "int32")
+        row_offsets, batch = tensor("row_offsets", (ends,), "int32"), ends - 1
         page_ids = tensor("page_ids", (table,), "int32")
         k_pages = tensor("k_pages", (pages, heads, page, dim), format.dtype)
         v_pages = tensor("v_pages", (pages, heads, page, dim), format.dtype)
         sink_logits = tensor("sink_logits", (q_heads,), "float32") if shape.sink_logits else None
+        slopes = tensor("slopes", (q_heads,), "float32") if shape.alibi else None
         out = tensor("out", (n, q_heads, dim), dtype)
-        with (
-            T.thread_binding(n, "blockIdx.x") as token,
-            T.thread_binding(heads * parts, "blockIdx.y") as part,
-            T.thread_binding(THREADS, "threadIdx.x") as t,
-        ):
-            query = shared(share * dim)
-            scores, weights = shared(share * tile), shared(share * tile)
-            places = shared(tile, "int32")  # page * page_size + slot of the tile's tokens
-            largest = shared(share)
-            best, score = private(1), private(1)  # of the thread's own query head
-            sums, totals, bests = private(kept), private(kept), private(kept)
-            head = part // parts
-            mine, beside = t // tile, t % tile  # query head and token of the thread's score
+        partial = tensor("partial", partial_shape(shape), "float32")
 
-            def put(buffer: tirx.Buffer, value: Expr | float, index: Expr | int = 0) -> None:
-                value = T.float32(value) if isinstance(value, float) else value
-                T.buffer_store(buffer, value, [index])
+        def run(
+            attention: TileAttention,
+            tokens: tuple[Expr, Expr],
+            row: Callable[[Expr], tuple[Expr, Expr]],
+            head: Expr,
+            part: tuple[Expr, Expr] | None,
+        ) -> None:
+            """Attend from rows to what they see.
 
-            def element(i: int) -> tuple[Expr, Expr]:
-                """The query head and the feature of a thread's i-th element."""
-                at = i * THREADS + t
-                at = T.min(at, share * dim - 1) if (share * dim) % THREADS else at
-                return at // dim, at % dim
+            Args:
+                tokens: of the first row and of the last one; the last one sees all sinks that any
+                    row sees.
+                row: a row -> its token and query head.
+                head: whose keys and values these are.
+                part: which of how many.
+            """
+            tile, t = attention.tile, attention.thread
+            first, last = tokens
+            # Cached tokens [0, sinks) and [start, end).
+            sinks, start, end = (private(1, "int32") for _ in range(3))
+            put(sinks, view[last, SINKS])
+            put(start, T.max(view[first, WINDOW], sinks[0]))
+            put(end, view[last, WINDOW] + view[last, COUNT] - view[last, SINKS])
+            count = sinks[0] + end[0] - start[0] if shape.window else end[0]
+            steps = (count + tile.tokens - 1) // tile.tokens
+            begin: Expr = T.int32(0)
+            if part is not None:
+                each = (steps + part[1] - 1) // part[1]
+                begin = part[0] * each
+                steps = T.min(each, steps - begin)
 
-            def score_of(place: Expr) -> None:
-                put(score, 0.0)
-                with T.serial(dim) as d:
-                    key = T.cast(k_pages[place // page, head, place % page, d], "float32")
-                    put(score, score[0] + query[mine * dim + d] * key)
+            def cached(index: Expr) -> Expr:
+                """The number in the cache of a token of these."""
+                if not shape.window:
+                    return index
+                return T.if_then_else(index < sinks[0], index, start[0] + index - sinks[0])
+
+            def place(index: Expr) -> Expr:
+                at = cached(index)
+                return page_ids[view[first, FIRST_PAGE] + at // page] * page + at % page
+
+            def query(r: Expr, feature: Expr) -> Expr:
+                token, q_head = row(r)
+                value = T.cast(q[token, q_head, feature], "float32")
+                return value * T.float32(shape.exponent_scale)
+
+            def stored(buffer: tirx.Buffer) -> Callable[[Expr, Expr], Expr]:
+                return lambda place, feature: T.cast(
+                    buffer[place // page, head, place % page, feature], "float32"
+                )
+
+            mine = [row(tile.products.row(t, i)) for i in range(tile.products.rows_each)]
+            # Of a thread's rows: where what they see ends, and with a window, begins.
+            ends, starts, fronts = (private(len(mine), "int32") for _ in range(3))
+            slope = private(len(mine))
+            for i, (token, q_head) in enumerate(mine):
+                put(fronts, view[token, SINKS], i)
+                put(starts, view[token, WINDOW], i)
+                put(ends, starts[i] + view[token, COUNT] - fronts[i], i)
+                if slopes is not None:
+                    put(slope, slopes[q_head] * T.float32(LOG2E), i)
+
+            def score(i: int, index: Expr, product: Expr) -> Expr:
+                at = cached(index)
+                seen = at < ends[i]
+                if shape.window:
+                    seen = T.And(seen, T.Or(at < fronts[i], at >= starts[i]))
                 if shape.cap:
                     whole = T.float32(shape.cap * LOG2E)
-                    put(score, whole - T.float32(2) * whole / (T.float32(1) + T.exp2(score[0])))
+                    product = whole - T.float32(2) * whole / (T.float32(1) + T.exp2(product))
+                if slopes is not None:
+                    distance = ends[i] - 1 - at
+                    if shape.sinks:
+                        in_front = at < math.ceil(shape.sinks / page) * page
+                        distance += T.if_then_else(in_front, view[first, GAP], 0)
+                    product = product - slope[i] * T.cast(distance, "float32")
+                return T.if_then_else(seen, product, T.float32(NO_SCORE))
 
-            for i in range(kept):
-                g, d = element(i)
-                value = T.cast(q[token, part * share + g, d], "float32")
-                put(query, value * T.float32(shape.exponent_scale), g * dim + d)
-                put(bests, NO_SCORE, i)
-                put(sums, 0.0, i)
-                put(totals, 0.0, i)
-            put(best, NO_SCORE)
-            count = view[token, COUNT]
-            with T.serial((count + tile - 1) // tile) as step:
-                # Everybody has read the last tile's places.
-                T.evaluate(T.tvm_storage_sync("shared"))
-                at = T.min(step * tile + t, count - 1)
-                if shape.window:
-                    sinks = view[token, SINKS]
-                    at = T.if_then_else(at < sinks, at, view[token, WINDOW] + at - sinks)
-                with T.If(t < tile), T.Then():
-                    id_ = page_ids[view[token, FIRST_PAGE] + at // page]
-                    put(places, id_ * page + at % page, t)
-                T.evaluate(T.tvm_storage_sync("shared"))
-                with T.If(t < share * tile), T.Then():
-                    with T.If(step * tile + beside < count):
-                        with T.Then():
-                            score_of(places[beside])
-                        with T.Else():
-                            put(score, NO_SCORE)
-                    put(scores, score[0], t)
-                T.evaluate(T.tvm_storage_sync("shared"))
-                with T.If(t < share * tile), T.Then():
-                    with T.serial(tile) as j:
-                        put(best, T.max(best[0], scores[mine * tile + j]))
-                    put(weights, T.exp2(scores[t] - best[0]), t)
-                    with T.If(beside == 0), T.Then():
-                        put(largest, best[0], mine)
-                T.evaluate(T.tvm_storage_sync("shared"))
-                for i in range(kept):
-                    g, d = element(i)
-                    factor = T.exp2(bests[i] - largest[g])
-                    put(sums, sums[i] * factor, i)
-                    put(totals, totals[i] * factor, i)
-                    put(bests, largest[g], i)
-                    with T.serial(T.min(tile, count - step * tile)) as j:
-                        place, weight = places[j], weights[g * tile + j]
-                        value = T.cast(v_pages[place // page, head, place % page, d], "float32")
-                        put(sums, sums[i] + weight, i)
-                        put(totals, totals[i] + weight * value, i)
-            for i in range(kept):
-                g, d = element(i)
-                if sink_logits is not None:
-                    # Like a token without a value.
-                    sink = sink_logits[part * share + g] * T.float32(LOG2E)
-                    whole = T.max(bests[i], sink)
-                    put(score, T.exp2(bests[i] - whole))
-                    put(sums, sums[i] * score[0] + T.exp2(sink - whole), i)
-                    put(totals, totals[i] * score[0], i)
-                place = [token, part * share + g, d]
-                T.buffer_store(out, T.cast(totals[i] / sums[i], dtype), place)
+            key, value = stored(k_pages), stored(v_pages)
+            attention.run(begin, steps, count, dim, place, query, key, value, score)
 
-    return emit(body)
+        def run_few(parts: Expr | None) -> None:
+            """A workgroup has heads of one token, and a part of its context if there are parts."""
+            split = heads * tiles
+            along = split if parts is None else split * parts
+            with (
+                T.thread_binding(n, "blockIdx.x") as token,
+                T.thread_binding(along, "blockIdx.y") as where,
+                T.thread_binding(few.threads, "threadIdx.x") as t,
+            ):
+                attention = TileAttention(few, t)
+                share = where % split
+                head, rest = share // tiles, share % tiles * few.rows
+
+                def row(r: Expr) -> tuple[Expr, Expr]:
+                    return token, head * group + T.min(rest + r, group - 1)
+
+                def is_own(r: Expr) -> Expr:
+                    return rest + r < group
+
+                if parts is None:
+                    run(attention, (token, token), row, head, None)
+                    finish(attention, row, is_own, out, sink_logits)
+                    return
+                part = where // split
+                run(attention, (token, token), row, head, (part, parts))
+                finish_part(attention, lambda r: row(r)[1], is_own, token * parts + part, partial)
+
+        def run_many() -> None:
+            """A workgroup has heads of several tokens of a sequence."""
+            with (
+                # Every sequence's last tile may be partly filled.
+                T.thread_binding(n * group // many.rows + batch, "blockIdx.x") as number,
+                T.thread_binding(heads, "blockIdx.y") as head,
+                T.thread_binding(many.threads, "threadIdx.x") as t,
+            ):
+                sequence, left = private(1, "int32"), private(1, "int32")
+                put(sequence, 0)
+                put(left, number)
+
+                def rows() -> Expr:
+                    return (row_offsets[sequence[0] + 1] - row_offsets[sequence[0]]) * group
+
+                def count() -> Expr:
+                    return (rows() + many.rows - 1) // many.rows
+
+                there = sequence[0] < batch
+                with T.While(T.if_then_else(there, left[0] >= count(), False)):
+                    put(left, left[0] - count())
+                    put(sequence, sequence[0] + 1)
+                attention = TileAttention(many, t)
+                with T.If(there), T.Then():
+                    # The sequence's first token, and its row behind the last one.
+                    start, end = private(1, "int32"), private(1, "int32")
+                    put(start, row_offsets[sequence[0]])
+                    put(end, rows())
+                    first = left[0] * many.rows
+
+                    def row(r: Expr) -> tuple[Expr, Expr]:
+                        at = T.min(first + r, end[0] - 1)
+                        return start[0] + at // group, head * group + at % group
+
+                    def is_own(r: Expr) -> Expr:
+                        return first + r < end[0]
+
+                    tokens = row(T.int32(0))[0], row(T.int32(many.rows - 1))[0]
+                    run(attention, tokens, row, head, None)
+                    finish(attention, row, is_own, out, sink_logits)
+
+        parts = shares.count(n, table)
+        with T.If(T.And(n >= MANY_TOKENS * batch, n * group >= FEW_ROWS * batch)):
+            with T.Then():
+                run_many()
+            with T.Else(), T.If(parts > 1):
+                with T.Then():
+                    run_few(parts)
+                    merge(n, parts, partial, out, sink_logits)
+                with T.Else():
+                    run_few(None)
+
+    return emit(body).with_attr("op_pattern", OPAQUE)

@@ -26,6 +26,7 @@ from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from relaxlm.compiler.kernels.attention import AttentionShape, PageTensor, copy_kernel
+from relaxlm.compiler.kernels.gpu_attention import VIEW_COLUMNS
 from relaxlm.compiler.passes.lower_state import lower_state_operator
 from relaxlm.compiler.passes.signature import PagedSignature
 from relaxlm.models.base import PAGED_ATTENTION
@@ -37,15 +38,17 @@ from relaxlm.quantization.kv_cache import KVFormat
 class AttentionKernels:
     """The kernels of one target: see `compiler/kernels/cpu_attention.py` for their arguments.
 
-    `view`, where there is one, makes a tensor [n, 4] int32 of the tables, for a window, sinks and a
-    page's size, which `attend` then takes in their place (`kernels/gpu_attention.py`).
+    Where there is a `view`, it makes a tensor of the tables once per step (`view_of_queries`), and
+    `attend` takes it, the row offsets and the page ids in their place (`kernels/gpu_attention.py`).
+    With `partial_shape`, `attend` writes a second tensor, float32, which nobody else reads.
     """
 
     kind: str
     page_tensors: Callable[[AttentionShape, KVFormat], tuple[PageTensor, ...]]
     append: Callable[[AttentionShape, KVFormat, str], tirx.PrimFunc]
     attend: Callable[[AttentionShape, KVFormat, str], tirx.PrimFunc]
-    view: Callable[[int, int, int], tirx.PrimFunc] | None = None
+    view: Callable[[int, int, bool, int], tirx.PrimFunc] | None = None
+    partial_shape: Callable[[AttentionShape], tuple[int, ...]] | None = None
 
 
 def cache_shape(config: DecoderConfig) -> AttentionShape:
@@ -133,7 +136,9 @@ class _Rewriter(PyExprMutator):
         arguments = [q, *self._tables(shape), *pages, *sink_logits]
         if slopes is not None:
             arguments.append(relax.const(np.array(slopes, np.float32)))
-        return relax.call_tir(attend, arguments, relax.TensorType(q.ty.shape, dtype))
+        out = relax.TensorType(q.ty.shape, dtype)
+        partial = kernels.partial_shape and kernels.partial_shape(shape)
+        return call_attend(self.builder_, attend, arguments, out, partial)
 
     def _tables(self, shape: AttentionShape) -> list[relax.Expr]:
         """What a kernel that attends is told of the step."""
@@ -144,12 +149,35 @@ class _Rewriter(PyExprMutator):
             return [positions, *(tables[name] for name in names)]
         key = (self.signature.kv, shape.window, shape.sinks)
         if key not in self.views:  # once per step, for all layers that see alike
-            kernel = view(shape.window, shape.sinks, shape.page_size)
-            function = self.builder_.add_func(kernel, "view_of_queries")
-            read = [positions, *(tables[name] for name in names if name != "page_ids")]
-            ty = relax.TensorType((positions.ty.shape[0], 4), "int32")
-            self.views[key] = self.builder_.emit(relax.call_tir(function, read, ty))
-        return [self.views[key], tables["page_ids"]]
+            kernel = view(shape.window, shape.sinks, shape.chunked, shape.page_size)
+            self.views[key] = view_of_queries(self.builder_, self.signature, kernel)
+        return [self.views[key], tables["row_offsets"], tables["page_ids"]]
+
+
+def view_of_queries(
+    builder: relax.BlockBuilder, signature: PagedSignature, kernel: tirx.PrimFunc
+) -> relax.Var:
+    """Emit what a view's kernel makes of the step's tables, [n, columns] int32."""
+    function = builder.add_func(kernel, "view_of_queries")
+    names = ("row_offsets", "page_offsets", "kv_lengths", "dropped")
+    read = [signature.positions, *(signature.tables[name] for name in names)]
+    ty = relax.TensorType((signature.positions.ty.shape[0], VIEW_COLUMNS), "int32")
+    return builder.emit(relax.call_tir(function, read, ty))
+
+
+def call_attend(
+    builder: relax.BlockBuilder,
+    attend: relax.GlobalVar,
+    arguments: list[relax.Expr],
+    out: relax.TensorType,
+    partial_shape: tuple[int, ...] | None,
+) -> relax.Expr:
+    """The call of a kernel that attends, with room for its partial results if it has any."""
+    if partial_shape is None:
+        return relax.call_tir(attend, arguments, out)
+    partial = relax.TensorType(partial_shape, "float32")
+    both = builder.emit(relax.call_tir(attend, arguments, [out, partial]))
+    return relax.TupleGetItem(both, 0)
 
 
 def add_copy_pages(mod: tvm.IRModule, kv_type: relax.TupleType, kind: str) -> tvm.IRModule:

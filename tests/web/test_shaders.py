@@ -1,0 +1,98 @@
+"""Dawn, the WebGPU of Chromium, accepts the attention kernels, and they keep to WebGPU's limits.
+
+What they compute is tested by `tests/compiler/test_gpu_attention.py`, and by whole models.
+"""
+
+import re
+
+import pytest
+import tvm
+from tvm import tirx
+
+from relaxlm.compiler.kernels import gpu_attention
+from relaxlm.compiler.kernels.attention import PAGE_SIZE, AttentionShape
+from relaxlm.compiler.target import GPU_LIMITS
+from relaxlm.quantization.kv_cache import KV_FORMATS
+from tests.web.conftest import RunNode
+
+# The defaults of WebGPU, which every device has: maxComputeWorkgroupStorageSize,
+# maxStorageBuffersPerShaderStage, maxComputeInvocationsPerWorkgroup.
+SHARED_BYTES, BUFFERS, THREADS = 16384, 8, 256
+BYTES = {"f32": 4, "i32": 4, "f16": 2}
+
+COMPILE = """
+const adapter = await navigator.gpu.requestAdapter();
+const features = [...adapter.features].filter((name) => name === "shader-f16");
+const device = await adapter.requestDevice({ requiredFeatures: features });
+const found = [];
+for (const code of input) {
+  const module = device.createShaderModule({ code });
+  const { messages } = await module.getCompilationInfo();
+  const compute = { module };
+  const made = await device.createComputePipelineAsync({ layout: "auto", compute })
+    .then(() => "", (error) => String(error));
+  found.push([...messages.map((m) => `${m.lineNum}: ${m.message}`), made].join("\\n").trim());
+}
+output(found);
+"""
+
+
+def shaders(kernels: dict[str, tirx.PrimFunc]) -> list[str]:
+    """The text of each kernel that a device runs."""
+    module = tvm.IRModule(
+        {name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()}
+    )
+    target = tvm.target.Target({"kind": "webgpu", **GPU_LIMITS["webgpu"]}, host={"kind": "llvm"})
+    module = tirx.transform.ForceNarrowIndexToInt32()(module)
+    (device,) = tvm.compile(module, target=target).mod.imports
+    parts = re.split(r"^// Function: (?=\w+\n//-+\n// F)", device.inspect_source(), flags=re.M)
+    return [part.partition("\n")[2] for part in parts[1:]]
+
+
+# Shapes whose kernels differ: heads per keys, head sizes, and what is done to scores.
+ATTENTION = {
+    "float16": [
+        AttentionShape(32, 8, 128, window=0, sinks=0, scale=0.1),
+        AttentionShape(12, 1, 512, window=128, sinks=4, scale=0.1, alibi=True),
+    ],
+    "float32": [
+        AttentionShape(4, 4, 80, window=64, sinks=0, scale=0.1, chunked=True),
+        AttentionShape(16, 1, 256, window=0, sinks=0, scale=0.1, cap=30.0, sink_logits=True),
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=ATTENTION)
+def texts(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
+    """A dtype, and the text of its kernels."""
+    dtype, kernels = request.param, {}
+    for i, shape in enumerate(ATTENTION[dtype]):
+        kernels[f"attend{i}"] = gpu_attention.attend_kernel(shape, KV_FORMATS[dtype], dtype)
+        kernels[f"view{i}"] = gpu_attention.view_kernel(
+            shape.window, shape.sinks, shape.chunked, PAGE_SIZE
+        )
+    return dtype, shaders(kernels)
+
+
+def test_kernels_keep_to_the_limits_of_every_device(texts: tuple[str, list[str]]) -> None:
+    dtype, codes = texts
+    # Few tokens, their parts, what merges these, many tokens; and the view.
+    assert len(codes) == 2 * (4 + 1)
+    for code in codes:
+        arrays = re.findall(r"^var<workgroup> \w+ : array<(\w+), (\d+)>;", code, re.M)
+        assert len(arrays) == code.count("var<workgroup>")
+        assert sum(BYTES[kind] * int(size) for kind, size in arrays) <= SHARED_BYTES
+        assert code.count("var<storage") <= BUFFERS
+        (threads,) = re.findall(r"@workgroup_size\((\d+), 1, 1\)", code)
+        assert int(threads) <= THREADS
+        assert ("f16" in code) == (dtype == "float16") or "exp2" not in code
+
+
+def test_dawn_accepts_the_kernels(
+    texts: tuple[str, list[str]], webgpu_node: RunNode, software_gpu: tuple[str, str]
+) -> None:
+    dtype, codes = texts
+    if dtype == "float16" and software_gpu[1] != dtype:
+        pytest.skip("the GPU in software has no float16")
+    for code, found in zip(codes, webgpu_node(COMPILE, codes), strict=True):
+        assert found == "", code
