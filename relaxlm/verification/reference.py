@@ -1,6 +1,7 @@
 """The original model in transformers and torch, on the CPU in float32: what a library is held to.
 
-torch and transformers are imported here and only here, inside functions: relaxlm runs without them.
+torch and transformers are imported inside functions, and nowhere but in this folder: relaxlm runs
+without them.
 """
 
 import sys
@@ -12,10 +13,14 @@ from typing import Any
 import numpy as np
 
 from relaxlm.errors import CheckpointError, UnsupportedError, VersionError
+from relaxlm.files import read_json_object
 from relaxlm.quantization.kv_cache import KVFormat
+from relaxlm.verification.kept_weights import checkpoint_tensors
 
 _EXTRA = 'pip install "relaxlm[test]"'
 _TORCH = "2.13.0"
+# Models that are one of another name, which transformers knows.
+_KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 # The plain attention of an architecture, a function of its file.
 _ATTENTION = "eager_attention_forward"
 
@@ -43,6 +48,7 @@ class Reference:
             CheckpointError: transformers does not load the folder, or misses some of its weights.
         """
         check_packages()
+        import torch
         import transformers
 
         self._checkpoint, self._count = checkpoint, layers
@@ -50,7 +56,13 @@ class Reference:
         kind: Any = transformers.AutoModelForCausalLM
         if for_embeddings:
             kind = transformers.AutoModel
-        self._load(kind, str(checkpoint))
+        config = _own_config(checkpoint)
+        if config is None:
+            self._load(kind, str(checkpoint))
+        else:
+            with torch.device("meta"):  # for its class: `kind` itself asks for a folder
+                kind = type(kind.from_config(config))
+            self._load(kind, None, config=config, state_dict=checkpoint_tensors(checkpoint))
 
     def replace_weights(self, weights: dict[str, Any]) -> None:
         """Load the same model with other weights, in the memory of those of now.
@@ -141,6 +153,22 @@ class Reference:
                 hook.remove()
         results = output.last_hidden_state if self._for_embeddings else output.logits
         return results[0].numpy(), [state[0].numpy() for state in states]
+
+
+def _own_config(checkpoint: Path) -> Any:
+    """The configuration to load a checkpoint's values with, None where transformers reads it.
+
+    It does not know every name; and quantized checkpoints, which it decodes on GPUs alone or with
+    further packages, stand for values that relaxlm reads itself.
+    """
+    import transformers
+
+    raw = read_json_object(checkpoint / "config.json", CheckpointError)
+    name = raw.pop("model_type", None)
+    quantized = raw.pop("quantization_config", None) is not None
+    if not quantized and name not in _KNOWN_AS:
+        return None
+    return transformers.AutoConfig.for_model(_KNOWN_AS.get(name, name), **raw)
 
 
 def check_packages() -> None:
