@@ -44,6 +44,8 @@ class Config(cohere.Config):
     def read(cls, raw: Mapping[str, Any], where: str) -> DecoderConfig:
         raw, layers = dict(raw), raw.get("num_hidden_layers")
         pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 4
+        if not (isinstance(pattern, int) and pattern > 0):
+            pattern = 4  # refused below
         if isinstance(layers, int) and not raw.get("layer_types"):
             numbers = range(1, layers + 1)
             kinds = ["sliding_attention" if i % pattern else "full_attention" for i in numbers]

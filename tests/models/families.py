@@ -89,7 +89,7 @@ RUNS = {
     "olmo2": "OLMo 2",
     "olmo3": "OLMo 3 7B and 32B",
     "olmoe": "OLMoE 1B-7B",
-    "opt": "OPT 125M to 66B, but for 350M",
+    "opt": "OPT 125M to 66B",
     "orion": "Orion 14B",
     "phi": "Phi-1, 1.5 and 2",
     "phi3": "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini",

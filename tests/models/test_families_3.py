@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from relaxlm import models
-from relaxlm.errors import ConfigError
+from relaxlm.errors import ConfigError, UnsupportedError
 from relaxlm.models.config import unknown_fields
 from tests.models import parity
 from tests.models.test_families_1 import family
@@ -69,6 +69,11 @@ VARIANTS = {
     "hunyuan_v1_dense-plain": family("hunyuan_v1_dense"),
     "opt": opt(),
     "opt-plain": opt(enable_bias=False, activation_function="gelu"),
+    "opt-350m": opt(do_layer_norm_before=False, word_embed_proj_dim=32),
+    "opt-no-norm": opt(
+        _remove_final_layer_norm=True, layer_norm_elementwise_affine=False, word_embed_proj_dim=32
+    )
+    | {"tie_word_embeddings": False},
     "apertus": without(XIELU, "rope_theta"),
     "apertus-bias": {**XIELU, "attention_bias": True, "rope_parameters": YARN},
 }
@@ -82,7 +87,7 @@ def test_logits_match_transformers(variant: str) -> None:
 QUANTIZED = ["olmo3", "cohere2", "exaone4", "seed_oss-biases", "ernie4_5", "hunyuan_v1_dense"]
 
 
-@pytest.mark.parametrize("variant", [*QUANTIZED, "opt", "apertus-bias"])
+@pytest.mark.parametrize("variant", [*QUANTIZED, "opt", "opt-350m", "apertus-bias"])
 def test_quantized(variant: str) -> None:
     parity.check_quantized(VARIANTS[variant])
 
@@ -150,22 +155,10 @@ def test_the_base_of_hunyuan_grows_once() -> None:
 
 
 REFUSED = {
-    "opt-350m-norms": (
-        opt(do_layer_norm_before=False),
-        "config.json: do_layer_norm_before = False is not supported: Input should be True",
-    ),
-    "opt-350m-width": (
-        opt(word_embed_proj_dim=32),
-        "config.json: Value error, word_embed_proj_dim = 32 is not supported: expected "
-        "hidden_size = 64",
-    ),
-    "opt-no-norm": (
-        opt(_remove_final_layer_norm=True),
-        "config.json: _remove_final_layer_norm = True is not supported: Input should be False",
-    ),
-    "opt-norms": (
-        opt(layer_norm_elementwise_affine=False),
-        "config.json: layer_norm_elementwise_affine = False is not supported: Input should be True",
+    "cohere2-pattern": (
+        without(with_window("cohere2", sliding_window_pattern="LLLG"), "layer_types"),
+        "config.json: _sliding_window_pattern = 'LLLG': Input should be a valid integer, unable to "
+        "parse string as an integer",
     ),
     "cohere2-norms": (
         with_window("cohere2", use_qk_norm=True),
@@ -194,6 +187,12 @@ REFUSED = {
         "config.json: hidden_act = 'silu' is not supported: Input should be 'xielu'",
     ),
 }
+
+
+def test_projected_embeddings_are_no_vectors_of_texts() -> None:
+    config = models.load_config(opt(word_embed_proj_dim=32), "embedding")
+    with pytest.raises(UnsupportedError, match="word_embed_proj_dim = 32 is not supported for emb"):
+        models.parameter_specs(config)
 
 
 @pytest.mark.parametrize("case", REFUSED)
