@@ -16,6 +16,7 @@ from relaxlm.compiler.kernels import (
     cuda_latent_attention,
     cuda_rope,
     gpu_attention,
+    gpu_latent_attention,
 )
 from relaxlm.compiler.kernels.attention import PageTensor, page_tensors
 from relaxlm.compiler.passes.add_peaks import AddPeaks
@@ -72,6 +73,14 @@ LATENT_ATTENTION = {
     )
     for kind, kernels in (("cpu", cpu_latent_attention), ("cuda", cuda_latent_attention))
 }
+LATENT_ATTENTION["gpu"] = LatentKernels(
+    "gpu",
+    cuda_latent_attention.append_kernel,
+    gpu_latent_attention.attend_kernel,
+    gpu_latent_attention.head_matmul_kernel,
+    gpu_attention.view_kernel,
+    gpu_latent_attention.partial_shape,
+)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ def refuse_for_plain_gpu(
     cpu = cpu if device == "webgpu" else "--device cpu"
     for what, found in (
         ("an encoder's attention", config.is_encoder),
-        ("latent attention", config.latent_cache is not None),
         ("mixtures of experts", getattr(config, "num_experts", None)),
         (f"head_dim = {config.head_dim}", config.head_dim > MAX_HEAD_DIM),
     ):

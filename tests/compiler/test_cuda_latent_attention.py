@@ -1,5 +1,7 @@
 """Multi-head latent attention on GPUs against float64 NumPy, run by the emulation."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import tvm
@@ -24,7 +26,7 @@ ERROR = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
 SHARED = {"sm_75": 64 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
 
-class CudaBatch(PagedBatch):
+class LatentBatch(PagedBatch):
     """The same, appended and attended to by kernels for GPUs."""
 
     def round_to(self, dtype: str) -> None:
@@ -32,14 +34,9 @@ class CudaBatch(PagedBatch):
         for values in (self.q, self.cached):
             values[:] = [x.astype(FLOAT_DTYPES[dtype]).astype(np.float32) for x in values]
 
-    def run(self, cuda: CudaEmulation, format: str, dtype: str, shared: int) -> np.ndarray:
-        shape, kv, numpy = self.shape, KV_FORMATS[format], FLOAT_DTYPES[dtype]
-        append, attend = cuda.build_all(
-            [
-                cuda_latent_attention.append_kernel(shape, kv, dtype),
-                cuda_latent_attention.attend_kernel(shape, kv, dtype, shared),
-            ]
-        )
+    def run(self, append: Callable, attend: Callable, format: str, dtype: str) -> np.ndarray:
+        """The new tokens' results, by these two kernels."""
+        shape, numpy = self.shape, FLOAT_DTYPES[dtype]
         pages = np.full((self.total, PAGE_SIZE, shape.width), np.nan).astype(FLOAT_DTYPES[format])
         slots = [
             own[np.arange(n) // PAGE_SIZE] * PAGE_SIZE + np.arange(n) % PAGE_SIZE
@@ -81,10 +78,17 @@ class CudaBatch(PagedBatch):
     ids=["mixed", "parts", "odd", "published", "published-sm_75", "float32", "not-by-8"],
 )
 def test_matches_numpy(shape, dtype, format, arch, order, lengths, new) -> None:
-    batch = CudaBatch(shape, lengths, new)
+    batch = LatentBatch(shape, lengths, new)
     batch.round_to(dtype)
+    kv = KV_FORMATS[format]
     with CudaEmulation(order) as cuda:
-        result = batch.run(cuda, format, dtype, SHARED[arch])
+        kernels = cuda.build_all(
+            [
+                cuda_latent_attention.append_kernel(shape, kv, dtype),
+                cuda_latent_attention.attend_kernel(shape, kv, dtype, SHARED[arch]),
+            ]
+        )
+        result = batch.run(*kernels, format, dtype)
     assert reference.relative_error(result, batch.expected()) < ERROR[dtype]
 
 

@@ -23,7 +23,7 @@ from tests import reference
 from tests.compiler.cuda_emulation import needs_compiler
 from tests.compiler.gpu_emulation import GpuEmulation, has_opencl_driver
 from tests.compiler.test_cuda_model_logits import FAMILIES, random_parameters
-from tests.models import parity, test_alibi, test_deepseek, test_encoders
+from tests.models import parity, test_alibi, test_encoders
 from tests.models.parity import Compiled, tiny_config
 
 IDS = np.random.default_rng(5).integers(0, parity.VOCAB, 7)
@@ -111,10 +111,9 @@ def test_logits_of_an_opencl_driver_are_those_of_the_cpu(emulated: Callable) -> 
     [
         (test_encoders.bert(), "an encoder's attention"),
         (FAMILIES["qwen2_moe"], "mixtures of experts"),
-        (test_deepseek.VARIANTS["dense"], "latent attention"),
         (tiny_config("llama", head_dim=4096), "head_dim = 4096"),
     ],
-    ids=["encoder", "experts", "latents", "large-head"],
+    ids=["encoder", "experts", "large-head"],
 )
 def test_families_without_kernels_are_refused(raw: dict, what: str) -> None:
     config, scheme = models.load_config(raw), get_scheme("q4f16_1")

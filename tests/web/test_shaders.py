@@ -9,8 +9,9 @@ import pytest
 import tvm
 from tvm import tirx
 
-from relaxlm.compiler.kernels import gpu_attention
+from relaxlm.compiler.kernels import gpu_attention, gpu_latent_attention
 from relaxlm.compiler.kernels.attention import PAGE_SIZE, AttentionShape
+from relaxlm.compiler.kernels.cpu_latent_attention import LatentShape
 from relaxlm.compiler.target import GPU_LIMITS
 from relaxlm.quantization.kv_cache import KV_FORMATS
 from tests.web.conftest import RunNode
@@ -60,6 +61,10 @@ ATTENTION = {
         AttentionShape(16, 1, 256, window=0, sinks=0, scale=0.1, cap=30.0, sink_logits=True),
     ],
 }
+LATENT = {
+    "float16": LatentShape(heads=20, latent=512, rope=64, scale=0.1),
+    "float32": LatentShape(heads=40, latent=256, rope=32, scale=0.1),
+}
 
 
 @pytest.fixture(scope="module", params=ATTENTION)
@@ -71,13 +76,18 @@ def texts(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
         kernels[f"view{i}"] = gpu_attention.view_kernel(
             shape.window, shape.sinks, shape.chunked, PAGE_SIZE
         )
+    latent = LATENT[dtype]
+    kernels["latent"] = gpu_latent_attention.attend_kernel(latent, KV_FORMATS[dtype], dtype)
+    sizes = latent.heads, 140, latent.latent
+    kernels["head_matmul"] = gpu_latent_attention.head_matmul_kernel(*sizes, dtype, dtype)
     return dtype, shaders(kernels)
 
 
 def test_kernels_keep_to_the_limits_of_every_device(texts: tuple[str, list[str]]) -> None:
     dtype, codes = texts
-    # Few tokens, their parts, what merges these, many tokens; and the view.
-    assert len(codes) == 2 * (4 + 1)
+    # Few tokens, their parts, what merges these, many tokens; and the view. Latents: without many
+    # tokens; and three sizes of products.
+    assert len(codes) == 2 * (4 + 1) + 3 + 3
     for code in codes:
         arrays = re.findall(r"^var<workgroup> \w+ : array<(\w+), (\d+)>;", code, re.M)
         assert len(arrays) == code.count("var<workgroup>")

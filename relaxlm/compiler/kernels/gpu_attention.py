@@ -180,13 +180,13 @@ class Parts:
         return T.max(T.min(self.most // n, T.min(longest, MOST_PARTS)), 1)
 
 
-def _few_rows(heads: int, size: int) -> tuple[Tile, int]:
+def few_rows(heads: int, size: int) -> tuple[Tile, int]:
     """For the heads of a token that share keys: a tile, and how many of them a token has."""
     count = -(-heads // min(FEW_ROWS, Tile.most_rows(size)))
     return Tile.of(-(-heads // count), size), count
 
 
-def _partial_shape(heads: int, size: int, parts: Parts) -> tuple[int, int, int]:
+def parts_shape(heads: int, size: int, parts: Parts) -> tuple[int, int, int]:
     """Of a part: sums of weighted values, the largest score, the sum of weights."""
     return parts.most, heads, size + 2
 
@@ -194,8 +194,8 @@ def _partial_shape(heads: int, size: int, parts: Parts) -> tuple[int, int, int]:
 def partial_shape(shape: AttentionShape) -> tuple[int, int, int]:
     """What `attend_kernel` writes parts' results to, float32."""
     group = shape.q_heads // shape.kv_heads
-    parts = Parts(shape.kv_heads * _few_rows(group, shape.head_dim)[1])
-    return _partial_shape(shape.q_heads, shape.head_dim, parts)
+    parts = Parts(shape.kv_heads * few_rows(group, shape.head_dim)[1])
+    return parts_shape(shape.q_heads, shape.head_dim, parts)
 
 
 def finish(
@@ -296,7 +296,7 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
     """
     heads, q_heads, dim, page = shape.kv_heads, shape.q_heads, shape.head_dim, shape.page_size
     group = q_heads // heads
-    few, tiles = _few_rows(group, dim)
+    few, tiles = few_rows(group, dim)
     many = Tile.of(min(MANY_ROWS, Tile.most_rows(dim)), dim)
     shares = Parts(heads * tiles)
 

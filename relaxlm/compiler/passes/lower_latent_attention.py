@@ -20,8 +20,13 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from relaxlm.compiler.kernels.attention import PAGE_SIZE
 from relaxlm.compiler.kernels.cpu_latent_attention import LatentShape, page_tensors
-from relaxlm.compiler.passes.lower_paged_attention import add_copy_pages
+from relaxlm.compiler.passes.lower_paged_attention import (
+    add_copy_pages,
+    call_attend,
+    view_of_queries,
+)
 from relaxlm.compiler.passes.lower_state import lower_state_operator
 from relaxlm.compiler.passes.signature import PagedSignature
 from relaxlm.compiler.passes.weights import stored_weight
@@ -37,12 +42,16 @@ class LatentKernels:
     """The kernels of one target: see `compiler/kernels/cpu_latent_attention.py`.
 
     `head_matmul` is called with heads, outputs, inputs, and the dtypes of the weight and of x.
+    Where there is a `view`, `attend` takes what it makes and the page ids in place of the step's
+    tables; `partial_shape` is as in `AttentionKernels`.
     """
 
     kind: str
     append: Callable[[LatentShape, KVFormat, str], tirx.PrimFunc]
     attend: Callable[..., tirx.PrimFunc]
     head_matmul: Callable[..., tirx.PrimFunc]
+    view: Callable[[int, int, bool, int], tirx.PrimFunc] | None = None
+    partial_shape: Callable[[LatentShape], tuple[int, ...]] | None = None
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerLatentAttention")
@@ -87,6 +96,7 @@ class _Rewriter(PyExprMutator):
         super().__init__(mod)
         self.mod, self.signature = mod, signature
         self.format, self.kernels = lowering.format, lowering.kernels
+        self.views: dict[relax.Var, relax.Var] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -120,11 +130,20 @@ class _Rewriter(PyExprMutator):
         attend = self.builder_.add_func(
             self.kernels.attend(shape, self.format, dtype), "latent_attention"
         )
-        names = ("row_offsets", "page_offsets", "page_ids", "kv_lengths")
-        tables = [given.tables[name] for name in names]
-        return relax.call_tir(
-            attend, [q_latent, q_rope, given.positions, *tables, updated], call.ty
-        )
+        arguments = [q_latent, q_rope, *self._tables(), updated]
+        partial = self.kernels.partial_shape and self.kernels.partial_shape(shape)
+        return call_attend(self.builder_, attend, arguments, call.ty, partial)
+
+    def _tables(self) -> list[relax.Expr]:
+        """What a kernel that attends is told of the step."""
+        given, view = self.signature, self.kernels.view
+        if view is None:
+            names = ("row_offsets", "page_offsets", "page_ids", "kv_lengths")
+            return [given.positions, *(given.tables[name] for name in names)]
+        if given.kv not in self.views:  # once per step, for all layers
+            kernel = view(0, 0, False, PAGE_SIZE)
+            self.views[given.kv] = view_of_queries(self.builder_, given, kernel)
+        return [self.views[given.kv], given.tables["page_ids"]]
 
     def _head_matmul(self, call: relax.Call) -> relax.Expr:
         x, matrix = call.args[1]
