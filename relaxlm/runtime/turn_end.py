@@ -40,7 +40,8 @@ def turn_ends(
     _, answer, rest = text.rpartition(_ANSWER)
     if not answer or not rest.strip():
         return frozenset()
-    first = tokenizer.encode(rest.lstrip(), add_special_tokens=False)[0]
-    if first not in tokenizer.special_ids or first == tokenizer.bos_id != tokenizer.eos_id:
+    first = next(iter(tokenizer.encode(rest.lstrip(), add_special_tokens=False)), None)
+    begins = first == tokenizer.bos_id != tokenizer.eos_id
+    if first is None or first not in tokenizer.special_ids or begins:
         return frozenset()
     return frozenset({first})

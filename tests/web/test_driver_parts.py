@@ -10,10 +10,12 @@ import pytest
 
 from relaxlm.errors import RequestError, TemplateError
 from relaxlm.runtime.cache_size import pages_per_sequence
+from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.conv_template_table import get_conv_template
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.metadata import CONTRACT
 from relaxlm.runtime.page_pool import PagePool
+from relaxlm.runtime.prompt import PromptBuilder
 from relaxlm.runtime.sampling import Sampled, sample
 from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.state_slots import StateSlots
@@ -21,6 +23,7 @@ from relaxlm.runtime.stop import StopStrings
 from relaxlm.runtime.template import ChatTemplate, load_chat_templates
 from relaxlm.runtime.tokenizer import Tokenizer
 from relaxlm.web.npm import DRIVER
+from tests.runtime.tokenizer_samples import byte_level_json
 from tests.shared_data import SHARED, needs_shared_data
 from tests.tiny_model import tokenizer_json
 from tests.web.conftest import RunNode
@@ -268,6 +271,44 @@ def test_real_tokenizers_agree_with_python(node: RunNode) -> None:
     compare_tokenizers(node, folders)
 
 
+STOPS = """
+import { PromptBuilder } from "./prompt.js";
+import { Tokenizer } from "./tokenizer.js";
+const read = (name) => JSON.parse(readFileSync(name, "utf8"));
+const made = new Tokenizer(read(input.file), input.settings);
+output(input.configs.map((config) => [...new PromptBuilder(config, made).stopTokenIds].sort((a, b) => a - b)));
+"""
+TURNS = "{% for m in messages %}{{ m.role + ': ' + m.content }}END{% endfor %}"
+ENDS = (
+    "<|im_end|>\n",
+    " <|im_end|><|im_start|>",
+    "<|im_start|>",
+    "\n",
+    " end",
+    "<|channel|><|message|>",
+)
+
+
+def test_answers_end_where_they_do_in_python(node: RunNode, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(byte_level_json().encode())
+    for settings in ({}, {"bos_token": "<|im_start|>"}, {"eos_token": "<|im_start|>"}):
+        tokenizer = Tokenizer(file.read_bytes(), settings)
+        configs = [
+            {
+                **{"model_type": "llama", "quantization": "q0f32", "model_config": {}},
+                **{"vocab_size": 320, "context_window_size": 128, "eos_token_id": [7]},
+                "relaxlm": {"chat_template": source},
+            }
+            for source in [*(TURNS.replace("END", end) for end in ENDS), "{{ raise_exception() }}"]
+        ]
+        data = {"file": str(file), "settings": settings, "configs": configs}
+        expected = [PromptBuilder(ChatConfigFile.parse(c), tokenizer) for c in configs]
+        found = node(STOPS, data)
+        assert found == [sorted(prompts.stop_token_ids) for prompts in expected]
+        assert len(set(map(tuple, found))) > 1
+
+
 CONVERSATIONS = [
     [{"role": "user", "content": "Hi"}],
     [
@@ -279,7 +320,10 @@ CONVERSATIONS = [
 ]
 PROMPTS = """
 import { PromptBuilder } from "./prompt.js";
-const tokenizer = { specialTokens: input.specialTokens, eosId: undefined };
+const tokenizer = {
+  ...{ specialTokens: input.specialTokens, eosId: undefined, specialIds: new Set() },
+  ...{ encode: () => [], backend: { token_to_id() {} } },
+};
 output(input.configs.map((config) => {
   const prompts = new PromptBuilder(config, tokenizer);
   return input.conversations.map((messages) => {

@@ -4,6 +4,7 @@
 import { Template } from "@huggingface/jinja";
 
 import { ConfigError, RequestError, TemplateError } from "./errors.js";
+import { turnEnds } from "./turn_end.js";
 
 const CONTENT = {
   user: "{user_message}",
@@ -38,6 +39,10 @@ export class PromptBuilder {
     const eos = [config.eos_token_id ?? []].flat();
     this.stopTokenIds = new Set([...eos, tokenizer.eosId].filter((id) => id !== undefined));
     this.stopStrings = [];
+    if (this.template) {
+      const render = (messages) => this.render(messages, {}, false);
+      for (const id of turnEnds(source, render, tokenizer)) this.stopTokenIds.add(id);
+    }
     if (!this.template && this.conversation) {
       for (const id of this.conversation.stop_token_ids ?? []) this.stopTokenIds.add(id);
       this.stopStrings = (this.conversation.stop_str ?? []).filter(Boolean);
@@ -57,17 +62,21 @@ export class PromptBuilder {
     checkMessages(messages);
     if (!this.template) return this.conversationText(messages, begins);
     try {
-      return this.template.render({
-        ...this.specialTokens,
-        ...variables,
-        messages,
-        tools: null,
-        documents: null,
-        add_generation_prompt: begins,
-      });
+      return this.render(messages, variables, begins);
     } catch (error) {
       throw new TemplateError(`the chat template refuses this conversation: ${error.message}`);
     }
+  }
+
+  render(messages, variables, begins) {
+    return this.template.render({
+      ...this.specialTokens,
+      ...variables,
+      messages,
+      tools: null,
+      documents: null,
+      add_generation_prompt: begins,
+    });
   }
 
   conversationText(messages, begins) {
