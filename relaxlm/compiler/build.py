@@ -30,7 +30,6 @@ from relaxlm.compiler.link import LinksObjects, export_library
 from relaxlm.compiler.options import CompileOptions, check_opt
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
 from relaxlm.compiler.passes.signature import state_tensors
-from relaxlm.compiler.passes.split_few_rows import PARTS, UPPER_BOUND
 from relaxlm.compiler.pipeline import (
     Lowering,
     compute_dtype,
@@ -257,9 +256,6 @@ def _lower(
         module = _bound_shapes(module, bounds)
         module = tvm.transform.Sequential(memory_passes())(module)
         temporary = _temporary_bytes(module, bounds)
-        for part in PARTS:  # only one of them runs in a step, but each keeps its buffers
-            if f"forward{part}" in temporary:
-                temporary["forward"] += temporary.pop(f"forward{part}")
         if device.kernels == "cpu":
             # Browsers run all of a step on one thread.
             threads = 1 if device.kind == "wasm" else usable_cores()
@@ -313,12 +309,10 @@ def _bounds(options: CompileOptions, config: DecoderConfig) -> dict[str, int]:
 
 
 def _bound_shapes(module: tvm.IRModule, bounds: Mapping[str, int]) -> tvm.IRModule:
-    """Tell the memory planner the largest value of each symbolic length, if it has none yet."""
+    """Tell the memory planner the largest value of each symbolic length."""
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):
-            known = (function.attrs or {}).get(UPPER_BOUND, {})
-            both = {**bounds, **{str(length): int(most) for length, most in known.items()}}
-            module[name] = function.with_attr(UPPER_BOUND, both)
+            module[name] = function.with_attr("tir_var_upper_bound", dict(bounds))
     return module
 
 

@@ -14,15 +14,19 @@ from relaxlm.compiler.kernels import (
     cuda_attention,
     cuda_encoder_attention,
     cuda_latent_attention,
+    cuda_matmul,
     cuda_rope,
+    cuda_rows,
     gpu_attention,
     gpu_latent_attention,
+    gpu_matmul,
+    gpu_rope,
+    gpu_rows,
 )
 from relaxlm.compiler.kernels.attention import PageTensor, page_tensors
 from relaxlm.compiler.passes.add_peaks import AddPeaks
-from relaxlm.compiler.passes.fuse_dequantize_matmul import FuseDequantizeMatmul
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
-from relaxlm.compiler.passes.fuse_elementwise_cuda import FuseElementwiseCUDA
+from relaxlm.compiler.passes.fuse_elementwise_gpu import FuseElementwiseGPU
 from relaxlm.compiler.passes.fuse_rope import FuseRope
 from relaxlm.compiler.passes.gpu_schedules import gpu_schedules
 from relaxlm.compiler.passes.legalize_cpu import legalize_cpu
@@ -31,7 +35,7 @@ from relaxlm.compiler.passes.lower_encoder_attention import LowerEncoderAttentio
 from relaxlm.compiler.passes.lower_expert_matmul import LowerExpertMatmul
 from relaxlm.compiler.passes.lower_latent_attention import LatentKernels, LowerLatentAttention
 from relaxlm.compiler.passes.lower_matmul_cpu import LowerMatmulCPU
-from relaxlm.compiler.passes.lower_matmul_cuda import LowerMatmulCUDA
+from relaxlm.compiler.passes.lower_matmul_gpu import LowerMatmulGPU
 from relaxlm.compiler.passes.lower_paged_attention import (
     AttentionKernels,
     LowerPagedAttention,
@@ -40,7 +44,6 @@ from relaxlm.compiler.passes.lower_paged_attention import (
 from relaxlm.compiler.passes.lower_routing_cuda import LowerRoutingCUDA
 from relaxlm.compiler.passes.schedule_cpu import schedule_cpu
 from relaxlm.compiler.passes.share_tensors import ShareTensors
-from relaxlm.compiler.passes.split_few_rows import SplitFewRows
 from relaxlm.compiler.passes.sum_in_float32 import SumInFloat32
 from relaxlm.compiler.passes.take_rows_early import TakeRowsEarly
 from relaxlm.models.config import DecoderConfig
@@ -140,17 +143,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
             ]
             if lowering.kind == "cpu"
             else [
-                *(
-                    [
-                        LowerMatmulCUDA(lowering.shared_memory),
-                        FuseRope(lowering.kv_format, cuda_rope.rope_append_kernel, dtype, False),
-                        FuseElementwiseCUDA(dtype),
-                        LowerRoutingCUDA(),
-                    ]
-                    if lowering.kind == "cuda"
-                    else []
-                ),
-                *([] if lowering.kind == "cuda" else [SumInFloat32()]),
+                *_gpu_passes(lowering, dtype),
                 relax.transform.FuseTransposeMatmul(),
             ]
         ),
@@ -160,14 +153,8 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
-        *(
-            []
-            if lowering.kind in ("cpu", "cuda")  # whose matmuls read what is stored already
-            else [FuseDequantizeMatmul(), relax.transform.FuseTIR()]
-        ),
         relax.transform.DeadCodeElimination(),
         # Loop nests -> parallel loops, or grids of threads.
-        *([SplitFewRows("forward")] if lowering.kind == "gpu" and has_head else []),
         schedule_cpu() if lowering.kind == "cpu" else gpu_schedules(),
         *(
             [AddPeaks(lowering.config.vocab_size, lowering.kind)]
@@ -176,6 +163,24 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         ),
         # WGSL has no 64-bit integers.
         *([tirx.transform.ForceNarrowIndexToInt32()] if lowering.kind == "gpu" else []),
+    ]
+
+
+def _gpu_passes(lowering: Lowering, dtype: str) -> list[tvm.transform.Pass]:
+    """Kernels for whole groups of operators on GPUs."""
+    if lowering.kind == "cuda":
+        product = partial(cuda_matmul.product_kernel, shared_limit=lowering.shared_memory)
+        return [
+            LowerMatmulGPU(product),
+            FuseRope(lowering.kv_format, cuda_rope.rope_append_kernel, dtype),
+            FuseElementwiseGPU(cuda_rows.row_kernel, dtype),
+            LowerRoutingCUDA(),
+        ]
+    return [
+        LowerMatmulGPU(gpu_matmul.product_kernel),
+        FuseRope(lowering.kv_format, gpu_rope.rope_append_kernel, dtype, joins_tables=True),
+        FuseElementwiseGPU(gpu_rows.row_kernel, dtype),
+        SumInFloat32(),
     ]
 
 

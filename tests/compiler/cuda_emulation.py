@@ -36,6 +36,7 @@ import tvm_ffi
 from tvm_ffi.libinfo import find_include_path
 
 TARGET = {"kind": "cuda", "arch": "sm_80", "max_threads_per_block": 1024, "thread_warp_size": 32}
+CUDA = 2  # its number in DLPack
 ORDERS = {"forward": "0", "reverse": "1", "random": "7"}
 
 FORBIDDEN = 64 << 20  # bytes in front of and behind an array
@@ -112,17 +113,7 @@ class CudaEmulation:
         compiled = tvm.compile(module, target=self.target).mod
         # Kept: a function does not keep its module's library loaded.
         self._modules += [compiled] * len(functions)
-        return [self._callable(compiled[name]) for name in named]
-
-    def _callable(self, run: Callable[..., None]) -> Callable[..., None]:
-        def kernel(*arguments: np.ndarray | float) -> None:
-            copies = [guarded(x) if isinstance(x, np.ndarray) else x for x in arguments]
-            run(*(as_cuda(x) if isinstance(x, np.ndarray) else x for x in copies))
-            for array, copy in zip(arguments, copies, strict=True):
-                if isinstance(array, np.ndarray):
-                    array[...] = copy
-
-        return kernel
+        return [of_arrays(compiled[name], CUDA) for name in named]
 
     @property
     def target(self) -> tvm.target.Target:
@@ -130,7 +121,7 @@ class CudaEmulation:
 
     def tensor(self, array: np.ndarray) -> tvm.runtime.Tensor:
         """A copy of an array as a CUDA tensor, for the Relax VM."""
-        return as_cuda(guarded(array))
+        return on_device(guarded(array), CUDA)
 
     def _replace(self, name: str, function: Any) -> None:
         self._replaced[name] = tvm_ffi.get_global_func(name, allow_missing=True)
@@ -214,10 +205,24 @@ def guarded(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-class _OnCuda:
-    """Offers an array through DLPack as if it were on a CUDA device."""
+def of_arrays(run: Callable[..., None], device_type: int) -> Callable[..., None]:
+    """A kernel of tensors on a device, as a function of arrays and numbers."""
 
-    def __init__(self, array: np.ndarray) -> None:
+    def kernel(*arguments: np.ndarray | float) -> None:
+        copies = [guarded(x) if isinstance(x, np.ndarray) else x for x in arguments]
+        run(*(on_device(x, device_type) if isinstance(x, np.ndarray) else x for x in copies))
+        for array, copy in zip(arguments, copies, strict=True):
+            if isinstance(array, np.ndarray):
+                array[...] = copy
+
+    return kernel
+
+
+class _OnDevice:
+    """Offers an array through DLPack as if it were on a device."""
+
+    def __init__(self, array: np.ndarray, device_type: int) -> None:
+        self.device_type = device_type
         name = array.dtype.name
         plain = array.view(f"uint{8 * array.itemsize}")
         self.capsule = plain.__dlpack__()
@@ -225,7 +230,7 @@ class _OnCuda:
         pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
         # DLTensor: void* data; int32 device_type, device_id; int32 ndim; uint8 code, bits; ...
         tensor = pointer(self.capsule, b"dltensor")
-        ctypes.c_int32.from_address(tensor + 8).value = 2  # kDLCUDA
+        ctypes.c_int32.from_address(tensor + 8).value = device_type
         code = {"i": 0, "u": 1, "f": 2, "b": 4}[name[0]]  # the b of bfloat16
         ctypes.c_uint8.from_address(tensor + 20).value = code
 
@@ -233,9 +238,9 @@ class _OnCuda:
         return self.capsule
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
+        return self.device_type, 0
 
 
-def as_cuda(array: np.ndarray) -> tvm.runtime.Tensor:
-    """The array's own memory as a CUDA tensor."""
-    return tvm_ffi.from_dlpack(_OnCuda(array))
+def on_device(array: np.ndarray, device_type: int) -> tvm.runtime.Tensor:
+    """The array's own memory as a tensor on a device."""
+    return tvm_ffi.from_dlpack(_OnDevice(array, device_type))

@@ -89,5 +89,24 @@ inline unsigned get_group_id(int axis) { return along(blockIdx, axis); }
 GPU_CONVERT(char) GPU_CONVERT(uchar) GPU_CONVERT(short) GPU_CONVERT(ushort) GPU_CONVERT(int)
 GPU_CONVERT(uint) GPU_CONVERT(half) GPU_CONVERT(float)
 #undef GPU_CONVERT
-template <class T> Vec<T, 2> vload2(int at, const T* from) { return {from[2 * at], from[2 * at + 1]}; }
-template <class T> void vstore2(Vec<T, 2> value, int at, T* to) { to[2 * at] = value.x, to[2 * at + 1] = value.y; }
+#define GPU_VECTOR(n)                                                                        \
+  template <class T> Vec<T, n> vload##n(int at, const T* from) {                             \
+    Vec<T, n> r;                                                                             \
+    for (int i = 0; i < n; ++i) r[i] = from[n * at + i];                                     \
+    return r;                                                                                \
+  }                                                                                          \
+  template <class T> void vstore##n(Vec<T, n> value, int at, T* to) {                        \
+    for (int i = 0; i < n; ++i) to[n * at + i] = value[i];                                   \
+  }                                                                                          \
+  template <class T> gpu_float##n convert_float##n(Vec<T, n> v) { return gpu_float##n(v); } \
+  template <class T> gpu_half##n convert_half##n(Vec<T, n> v) { return gpu_half##n(v); }
+GPU_VECTOR(2) GPU_VECTOR(4)
+#undef GPU_VECTOR
+
+// How many kernels of this library have been started.
+static int64_t gpu_started = 0;
+extern "C" int __tvm_ffi_kernels_started(void*, const TVMFFIAny*, int32_t, TVMFFIAny* result) {
+  result->type_index = kTVMFFIInt;
+  result->v_int64 = gpu_started;
+  return 0;
+}

@@ -13,13 +13,16 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import tvm
 import tvm_ffi
 
-from tests.compiler.cuda_emulation import ORDERS, load
+from relaxlm.compiler.platforms import this_platform
+from relaxlm.compiler.target import resolve_device
+from tests.compiler.cuda_emulation import ORDERS, load, of_arrays
 
 # In MSL, where a pointer points to is part of its type; C++ has one kind of memory.
 _SPACES = re.compile(r"\b(__global|__local|__private|device|constant|thread|threadgroup) ")
@@ -57,6 +60,8 @@ class GpuEmulation:
         self.driver = driver
         self.kind, self.order, self.device = kind, order, tvm.runtime.device(kind)
         self.sources: list[str] = []
+        self._modules: list[Any] = []
+        self._loaded: list[Any] = []
         self._replaced: dict[str, Any] = {}
 
     def __enter__(self) -> GpuEmulation:
@@ -75,6 +80,19 @@ class GpuEmulation:
         self._replaced.clear()
         del os.environ["CUDA_EMULATION_ORDER"]
 
+    def build_all(self, functions: Sequence[tvm.tirx.PrimFunc]) -> list[Callable[..., None]]:
+        """Compile PrimFuncs with thread bindings: as `CudaEmulation.build_all`."""
+        device = replace(resolve_device(self.kind), platform=this_platform())
+        named = {f"kernel{i}": function for i, function in enumerate(functions)}
+        module = tvm.IRModule(
+            {name: function.with_attr("global_symbol", name) for name, function in named.items()}
+        )
+        with device.tvm_target():
+            module = tvm.tirx.transform.ForceNarrowIndexToInt32()(module)
+            compiled = tvm.compile(module, target=device.tvm_target()).mod
+        self._modules.append(compiled)  # a function does not keep its module's library loaded
+        return [of_arrays(compiled[name], self.device.dlpack_device_type()) for name in named]
+
     def _replace(self, name: str, function: Callable) -> None:
         self._replaced[name] = tvm_ffi.get_global_func(name, allow_missing=True)
         tvm_ffi.register_global_func(name, function, override=True)
@@ -85,7 +103,7 @@ class GpuEmulation:
         texts = {str(name): bytes(code).decode() for name, code in codes.items()}
         self.sources += texts.values()
         parts = [metal_as_cpp(text, functions[name]) for name, text in texts.items()]
-        return load("\n".join(['#include "gpu_emulation.hpp"', *parts]))
+        return self._load("\n".join(['#include "gpu_emulation.hpp"', *parts]))
 
     def _create_opencl(self, code: Any, format: str, functions: Any, source: Any) -> Any:
         assert format == "cl"
@@ -94,7 +112,17 @@ class GpuEmulation:
         if self.driver:
             return load(_for_driver(text, functions))
         entries = [_entry(name, info) for name, info in functions.items()]
-        return load("\n".join(['#include "gpu_emulation.hpp"', opencl_as_cpp(text), *entries]))
+        return self._load(
+            "\n".join(['#include "gpu_emulation.hpp"', opencl_as_cpp(text), *entries])
+        )
+
+    def _load(self, text: str) -> Any:
+        self._loaded.append(load(text))
+        return self._loaded[-1]
+
+    def started(self) -> int:
+        """How many kernels of what was compiled here have been started."""
+        return sum(module["kernels_started"]() for module in self._loaded)
 
 
 def has_opencl_driver() -> bool:
@@ -189,5 +217,6 @@ def _entry(name: str, info: Any) -> str:
     tags = ", ".join(f'"{tag}"' for tag in info.launch_param_tags)
     return (
         f'extern "C" int __tvm_ffi_{name}(void*, const TVMFFIAny* args, int32_t count, '
-        f'TVMFFIAny*) {{ return emu::entry("{name}", {name}, {{{tags}}}, args, count); }}'
+        f"TVMFFIAny*) {{ ++gpu_started; "
+        f'return emu::entry("{name}", {name}, {{{tags}}}, args, count); }}'
     )

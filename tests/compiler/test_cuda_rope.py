@@ -55,7 +55,21 @@ def kernels():
 @needs_compiler
 @pytest.mark.parametrize("name", CASES)
 def test_rope_and_append(kernels: dict[str, Callable[..., None]], name: str) -> None:
-    dim, options, format_name = CASES[name]
+    check_rope(kernels[name], *CASES[name])
+
+
+def check_rope(
+    kernel: Callable[..., None],
+    dim: int,
+    options: RopeOptions,
+    format_name: str,
+    joined_tables: bool = False,
+) -> None:
+    """Compare what a kernel makes of random products with what float64 does.
+
+    Args:
+        joined_tables: it takes cosines and sines as one table.
+    """
     format, rng = get_kv_format(format_name), np.random.default_rng(7)
     shape = AttentionShape(Q, KV, dim, 0, 0, 0.0)
 
@@ -89,7 +103,9 @@ def test_rope_and_append(kernels: dict[str, Callable[..., None]], name: str) -> 
     ]
     before = [tensor.copy() for tensor in pages]
     out = np.full((TOKENS, Q, dim), np.nan, as_dtype(options.dtype))
-    kernels[name](*products, *weights, *tables, *factor, slots, *pages, out)
+    if joined_tables and tables:
+        tables = [np.concatenate(tables, axis=1)]
+    kernel(*products, *weights, *tables, *factor, slots, *pages, out)
     np.testing.assert_allclose(
         out.astype("float64"), q, rtol=STEP[options.dtype], atol=STEP[options.dtype]
     )

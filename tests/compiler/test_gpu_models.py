@@ -29,6 +29,14 @@ from tests.models.parity import Compiled, tiny_config
 IDS = np.random.default_rng(5).integers(0, parity.VOCAB, 7)
 RAW = tiny_config("llama", num_hidden_layers=1, sliding_window=None)
 
+# Kernels of a layer: two norms, four products, of which one is gated, what brings queries to the
+# products and keys and values to the pages, and attention.
+LAYER = 8
+# And beside layers: the embedding, the tables of rotations, what queries see, two choices of rows,
+# the last norm, and the head.
+BESIDES = 7
+STEPS = 3
+
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable:
@@ -59,6 +67,9 @@ def check_logits(
     with emulated(kind, driver) as gpu:
         compiled = Compiled(RAW, params, preset)
         results = compiled.run([IDS, IDS[:5]], [3, 1, 3])
+        if not driver:
+            # Steps of 6, 2 and 4 rows.
+            assert gpu.started() == STEPS * (LAYER + BESIDES)
         compiled.executor.copy_pages(np.array([0, 1], "int32"), np.array([40, 63], "int32"))
         for tensor in compiled.executor._kv:
             pages = tensor.numpy()

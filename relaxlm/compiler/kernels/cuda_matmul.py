@@ -25,6 +25,7 @@ from relaxlm.compiler.kernels.cuda_source import (
     launches,
     shared_bytes,
 )
+from relaxlm.compiler.kernels.product import Product
 from relaxlm.quantization.groupwise import GroupQuant
 
 # What stages of a small tile take at most: any GPU has it.
@@ -309,6 +310,21 @@ def gated_matmul_kernel(format: CudaFormat, activation: str, shared_limit: int) 
         choose([*few, *many], m, run)
 
     return launches(body)
+
+
+def product_kernel(product: Product, shared_limit: int) -> tirx.PrimFunc | None:
+    """The kernel of a product; None where there is none."""
+    n, _ = product.shape
+    if product.stored != product.dtype:
+        return None
+    format = CudaFormat.of(product.shape, product.quant, product.dtype)
+    if product.activation is None:
+        return matmul_kernel(
+            format, product.out_dtype, shared_limit, product.bias, product.residual
+        )
+    if product.dtype == "float32" or n % (2 * PAIRED_ROWS):
+        return None
+    return gated_matmul_kernel(format, product.activation, shared_limit)
 
 
 def _itemsize(dtype: str) -> int:

@@ -75,7 +75,7 @@ class _Rewriter(RowFusion):
                 return x
         return super().visit_call_(call)
 
-    def elementwise(self, call: relax.Call, var: relax.Var) -> relax.Expr:
+    def elementwise(self, call: relax.Call, var: relax.Var) -> relax.Expr | None:
         rounded = self.rounded(var)
         if rounded is not None and not rounded.also_plain:
             size = row_size(call)

@@ -27,8 +27,9 @@ from relaxlm.quantization.kv_cache import KVFormat
 _ROTATIONS = ("rotate", "rotate_part", "rotate_pairs")
 
 
-# (shape of attention, format of the cache, what to do) -> the kernel; see `cpu_rope`.
-Kernel = Callable[[AttentionShape, KVFormat, RopeOptions], tirx.PrimFunc]
+# (shape of attention, format of the cache, what to do) -> the kernel, see `cpu_rope`; None where
+# there is none.
+Kernel = Callable[[AttentionShape, KVFormat, RopeOptions], tirx.PrimFunc | None]
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseRope")
@@ -38,11 +39,19 @@ class FuseRope:
     Args:
         dtype: that the model computes in.
         adds_biases: whether the kernel can.
+        joins_tables: whether it takes cosines and sines as one table.
     """
 
-    def __init__(self, format: KVFormat, kernel: Kernel, dtype: str, adds_biases: bool) -> None:
+    def __init__(
+        self,
+        format: KVFormat,
+        kernel: Kernel,
+        dtype: str,
+        adds_biases: bool = False,
+        joins_tables: bool = False,
+    ) -> None:
         self.format, self.kernel = format, kernel
-        self.dtype, self.adds_biases = dtype, adds_biases
+        self.dtype, self.adds_biases, self.joins_tables = dtype, adds_biases, joins_tables
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         rewriter = _Rewriter(mod, self)
@@ -78,6 +87,7 @@ class _Rewriter(PyExprMutator):
     def rewrite(self, function: relax.Function) -> relax.Expr:
         # Patterns are matched on the function as it was.
         self.graph = graph = Graph(function)
+        self.joined: dict[tuple[relax.Expr, ...], relax.Var] = {}  # tables, as one
         self.queries: dict[relax.Expr, relax.Var] = {}  # of appends, what attends to the pages
         for value in graph.bound.values():
             if calls(value, "paged_attention"):
@@ -133,14 +143,17 @@ class _Rewriter(PyExprMutator):
         heads, kv_heads, dim = (int(e) for e in (q.ty.shape[1], k.ty.shape[1], k.ty.shape[2]))
         shape = AttentionShape(heads, kv_heads, dim, 0, 0, 0.0)
         kernel = self.plan.kernel(shape, self.plan.format, options)
+        if kernel is None:
+            return None
         function = self.builder_.add_func(kernel, "rope_append")
         products = _distinct(part.product for part in parts)
         bias_of = {part.product: part.bias for part in parts}
         inputs = [self.flat(product) for product in products]
         given: list[Any] = [bias_of[product] for product in products]
         given += [self.graph.stored(p.norm.args[1]) for p in parts[:2] if p.norm is not None]
-        given += parts[0].rotation[1:] if parts[0].rotation else ()
-        given += [parts[0].factor, slots, *pages]
+        inputs += [self.visit_expr(one) for one in given if one is not None]
+        inputs += self.tables(parts[0].rotation[1:]) if parts[0].rotation else []
+        given = [parts[0].factor, slots, *pages]
         inputs += [self.visit_expr(one) for one in given if one is not None]
         places = [len(inputs) - len(pages) + i for i in range(len(pages))]
         types = [q.ty, *(page.ty for page in pages)]
@@ -148,6 +161,15 @@ class _Rewriter(PyExprMutator):
         self.set_var_remap(q, self.builder_.emit(relax.TupleGetItem(all_, 0)))
         updated = [self.builder_.emit(relax.TupleGetItem(all_, i + 1)) for i in range(len(pages))]
         return relax.Tuple(updated)
+
+    def tables(self, both: tuple[relax.Expr, ...]) -> list[relax.Expr]:
+        """Cosines and sines, as the kernel takes them."""
+        tables = [self.visit_expr(table) for table in both]
+        if not self.plan.joins_tables:
+            return tables
+        if both not in self.joined:  # once per step, for all layers that turn alike
+            self.joined[both] = self.builder_.emit(relax.op.concat(tables, axis=1))
+        return [self.joined[both]]
 
     def options(self, parts: list[_Part]) -> RopeOptions | None:
         """What the kernel has to do; None where it can't."""

@@ -38,7 +38,7 @@ class RowFusion(PyExprMutator):
         rows: Rows,
         call: relax.Call,
         var: relax.Var,
-    ) -> tuple[relax.Expr | None, relax.Expr]:
+    ) -> tuple[relax.Expr | None, relax.Expr | None]:
         """Call a kernel for the value of `var`, which `call` is.
 
         Args:
@@ -46,7 +46,7 @@ class RowFusion(PyExprMutator):
             rows: what the expressions read.
 
         Returns:
-            The value that it keeps, if any, and the result.
+            The value that it keeps, if any, and the result; None where there is no kernel.
         """
         raise NotImplementedError
 
@@ -65,7 +65,7 @@ class RowFusion(PyExprMutator):
         users = self.graph.users.get(var, ())
         return self.matcher.is_absorbed(var) or any(self.matcher.is_norm(user) for user in users)
 
-    def norm(self, call: relax.Call, var: relax.Var) -> relax.Expr:
+    def norm(self, call: relax.Call, var: relax.Var) -> relax.Expr | None:
         x, size = self.matcher.normed(call), row_size(call)
         assert size is not None
         rows = Rows(self.matcher, size, self.made)
@@ -90,7 +90,7 @@ class RowFusion(PyExprMutator):
             self.made.add(x)
         return result
 
-    def elementwise(self, call: relax.Call, var: relax.Var) -> relax.Expr:
+    def elementwise(self, call: relax.Call, var: relax.Var) -> relax.Expr | None:
         size = row_size(call)
         assert size is not None
         rows = Rows(self.matcher, size, self.made)

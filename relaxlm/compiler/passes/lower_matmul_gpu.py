@@ -19,12 +19,7 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from relaxlm.compiler.kernels.cuda_matmul import (
-    PAIRED_ROWS,
-    CudaFormat,
-    gated_matmul_kernel,
-    matmul_kernel,
-)
+from relaxlm.compiler.kernels.product import Product, ProductKernel
 from relaxlm.compiler.kernels.row_expression import Activation, Binary, gated
 from relaxlm.compiler.passes.graph import Graph, is_op, row_size
 from relaxlm.compiler.passes.rewrite import rewrite_functions
@@ -40,27 +35,27 @@ class _Product(NamedTuple):
     residual: relax.Expr | None = None
 
 
-@tvm.transform.module_pass(opt_level=0, name="LowerMatmulCUDA")
-class LowerMatmulCUDA:
+@tvm.transform.module_pass(opt_level=0, name="LowerMatmulGPU")
+class LowerMatmulGPU:
     """The pass.
 
     Args:
-        shared_limit: bytes of shared memory that a block may use, on every GPU compiled for.
+        kernel: gives the kernels.
     """
 
-    def __init__(self, shared_limit: int) -> None:
-        self.shared_limit = shared_limit
+    def __init__(self, kernel: ProductKernel) -> None:
+        self.kernel = kernel
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        rewriter = _Rewriter(mod, self.shared_limit)
+        rewriter = _Rewriter(mod, self.kernel)
         return rewrite_functions(mod, rewriter, rewriter.rewrite)
 
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, shared_limit: int) -> None:
+    def __init__(self, mod: tvm.IRModule, kernel: ProductKernel) -> None:
         super().__init__(mod)
-        self.mod, self.shared_limit = mod, shared_limit
+        self.mod, self.kernel = mod, kernel
 
     def rewrite(self, function: relax.Function) -> relax.Expr:
         # Patterns are matched on the function as it was.
@@ -69,10 +64,8 @@ class _Rewriter(PyExprMutator):
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         product = self.product(call)
-        if product is not None:
-            return self.emit(product)
-        gated = self.gated(call)
-        return super().visit_call_(call) if gated is None else gated
+        made = self.gated(call) if product is None else self.emit(product)
+        return super().visit_call_(call) if made is None else made
 
     def product(self, call: Any) -> _Product | None:
         """The product that an expression is, with what is added to it."""
@@ -100,8 +93,6 @@ class _Rewriter(PyExprMutator):
         weight = stored_weight(self.mod, permute.args[0], self.graph.value)
         if weight is None or len(weight.shape) != 2 or len(x.ty.shape) != 2:
             return None
-        if str(weight.stored[-1].ty.dtype) != str(x.ty.dtype):
-            return None
         return _Product(x, weight, call.ty)
 
     def gated(self, call: relax.Call) -> relax.Expr | None:
@@ -122,26 +113,36 @@ class _Rewriter(PyExprMutator):
         product = self.product(self.graph.value(source)) if self.graph.used_once(source) else None
         if product is None or product.bias is not None or product.residual is not None:
             return None
-        weight = product.weight
-        if dtype == "float32" or weight.shape[0] != 2 * size or size % PAIRED_ROWS:
+        if product.weight.shape[0] != 2 * size:
             return None
-        format = CudaFormat.of(weight.shape, weight.quant, dtype)
-        kernel = gated_matmul_kernel(format, value.left.name, self.shared_limit)
+        kernel = self.kernel(self.description(product, dtype, activation=value.left.name))
+        if kernel is None:
+            return None
         function = self.builder_.add_func(kernel, "gated_matmul")
-        arguments = [self.visit_expr(part) for part in (product.x, *weight.stored)]
+        arguments = [self.visit_expr(part) for part in (product.x, *product.weight.stored)]
         return relax.call_tir(function, arguments, call.ty)
 
-    def emit(self, product: _Product) -> relax.Expr:
-        weight, bias, residual = product.weight, product.bias, product.residual
-        format = CudaFormat.of(weight.shape, weight.quant, str(product.x.ty.dtype))
-        kernel = matmul_kernel(
-            format,
-            str(product.out_type.dtype),
-            self.shared_limit,
-            None if bias is None else str(bias.ty.dtype),
-            residual is not None,
+    def emit(self, product: _Product) -> relax.Expr | None:
+        bias, residual = product.bias, product.residual
+        kernel = self.kernel(
+            self.description(
+                product,
+                str(product.out_type.dtype),
+                bias=None if bias is None else str(bias.ty.dtype),
+                residual=residual is not None,
+            )
         )
+        if kernel is None:
+            return None
         added = [term for term in (bias, residual) if term is not None]
-        arguments = [self.visit_expr(part) for part in (product.x, *weight.stored, *added)]
+        arguments = [self.visit_expr(part) for part in (product.x, *product.weight.stored, *added)]
         function = self.builder_.add_func(kernel, "matmul")
         return relax.call_tir(function, arguments, product.out_type)
+
+    @staticmethod
+    def description(product: _Product, out_dtype: str, **more: Any) -> Product:
+        """What a kernel has to compute."""
+        weight = product.weight
+        n, k = weight.shape
+        stored = str(weight.stored[-1].ty.dtype)
+        return Product((n, k), weight.quant, stored, str(product.x.ty.dtype), out_dtype, **more)

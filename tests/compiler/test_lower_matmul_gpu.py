@@ -1,18 +1,22 @@
-"""Products on GPUs: what LowerMatmulCUDA and LowerExpertMatmul make of the IR."""
+"""Products on GPUs: what LowerMatmulGPU and LowerExpertMatmul make of the IR."""
+
+from functools import partial
 
 import pytest
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op, spec
 from tvm_ffi import structural_equal
 
+from relaxlm.compiler.kernels import cuda_matmul
 from relaxlm.compiler.passes.lower_embedding import LowerEmbedding
 from relaxlm.compiler.passes.lower_expert_matmul import LowerExpertMatmul
-from relaxlm.compiler.passes.lower_matmul_cuda import LowerMatmulCUDA
+from relaxlm.compiler.passes.lower_matmul_gpu import LowerMatmulGPU
 from relaxlm.models.moe import Experts
 from tests.expression import written_out
 from tests.quantization.test_transform import quantized
 
 SHARED = 99 << 10
+LOWER = LowerMatmulGPU(partial(cuda_matmul.product_kernel, shared_limit=SHARED))
 
 
 def export(model: nn.Module, **inputs: object):
@@ -23,14 +27,14 @@ def export(model: nn.Module, **inputs: object):
 
 @pytest.mark.parametrize("scheme", ["q4f16_0", "q4f16_1", "q0f16"])
 def test_a_matrix_is_multiplied_in_its_stored_form_and_a_bias_is_added_at_once(scheme: str) -> None:
-    module = LowerMatmulCUDA(SHARED)(LowerEmbedding()(quantized(scheme, "float16")))
+    module = LOWER(LowerEmbedding()(quantized(scheme, "float16")))
     weight = "{0}.weight" if scheme == "q0f16" else "{0}.q_weight, {0}.q_scale"
     table, up = weight.format("table"), weight.format("up")
     x = f"@embedding_lookup(ids, {table})"
     assert written_out(module["forward"]) == (
         f"concat((@matmul({x}, {up}, up.bias), @matmul({x}, {table})))"
     )
-    assert structural_equal(LowerMatmulCUDA(SHARED)(module), module)
+    assert structural_equal(LOWER(module), module)
 
 
 class Residual(nn.Module):
@@ -48,7 +52,7 @@ class Residual(nn.Module):
 
 def test_a_residual_is_added_at_once_where_only_it_reads_the_product() -> None:
     row = spec.Tensor(["n", 6], "float16")
-    module = LowerMatmulCUDA(SHARED)(export(Residual(), x=row, y=row))
+    module = LOWER(export(Residual(), x=row, y=row))
     x, twice = "@matmul(x, up.weight, up.bias, x)", "@matmul(y, down.weight)"
     both = f"@matmul(add({x}, y), down.weight, @matmul(subtract(y, {x}), down.weight))"
     assert written_out(module["forward"]) == (
