@@ -276,7 +276,8 @@ import { PromptBuilder } from "./prompt.js";
 import { Tokenizer } from "./tokenizer.js";
 const read = (name) => JSON.parse(readFileSync(name, "utf8"));
 const made = new Tokenizer(read(input.file), input.settings);
-output(input.configs.map((config) => [...new PromptBuilder(config, made).stopTokenIds].sort((a, b) => a - b)));
+const ends = (config) => [...new PromptBuilder(config, made).stopTokenIds];
+output(input.configs.map((config) => ends(config).sort((a, b) => a - b)));
 """
 TURNS = "{% for m in messages %}{{ m.role + ': ' + m.content }}END{% endfor %}"
 ENDS = (
