@@ -124,11 +124,24 @@ def test_what_is_no_number_is_found(poisoned: None) -> None:
 
 
 def test_rows_that_are_here_are_not_copied() -> None:
-    logits = rows(300, 1)
+    logits = rows(20_000, 1)
     step = StepLogits(logits, lambda: peaks_of(logits))
-    states = [SamplingState(GenerationConfig(temperature=0), [1], 300, 0)] * 2
+    states = [SamplingState(GenerationConfig(temperature=0), [1], 20_000, 0)] * 2
     seen, peaks, _ = step.seen_by([1, 2], states)
     assert peaks is not None and np.shares_memory(seen, logits)
     np.testing.assert_array_equal(seen, logits[1:3])
     np.testing.assert_array_equal(peaks, peaks_of(logits[1:3]))
     np.testing.assert_array_equal(step.seen_by([2, 0], states)[0], logits[[2, 0]])
+
+
+def test_few_logits_are_looked_at_without_help() -> None:
+    logits = rows(20_000, 1)
+
+    def peaks() -> np.ndarray:
+        raise AssertionError("the library was asked")
+
+    state = SamplingState(GenerationConfig(temperature=0), [1], 20_000, 0)
+    seen = StepLogits(logits, peaks).seen_by([1], [state])
+    assert seen.peaks is None
+    [found] = sample(seen.logits, [state])
+    assert found.token == logits[1].argmax()
