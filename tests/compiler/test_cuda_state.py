@@ -70,7 +70,7 @@ def test_previous_row_matches_numpy(cuda: CudaEmulation) -> None:
 
 
 def test_keys_that_do_not_fit_into_registers() -> None:
-    with pytest.raises(UnsupportedError, match="of 257 features per key is not supported on cuda"):
+    with pytest.raises(UnsupportedError, match="of 257 features per key is not supported on GPUs"):
         scan_kernel(replace(PLAIN, key_dim=257))
 
 

@@ -31,7 +31,6 @@ from relaxlm.compiler.kernels.state import (
     Tokens,
     find_sequence,
 )
-from relaxlm.errors import UnsupportedError
 
 # Lanes that share a column: lane c + COLUMNS p has the elements p, p + PARTS, ... of column c.
 PARTS = 4
@@ -42,8 +41,6 @@ THREADS = WARPS * LANES
 ELEMENTS = 256
 # (row, head, key feature): what a token brings for it.
 PerKey = Callable[[Expr, Expr, Expr], Expr]
-# What fits into a thread's registers.
-MAX_KEY_DIM = 256
 
 
 @functools.cache  # every layer asks
@@ -56,11 +53,7 @@ def scan_kernel(shape: ScanShape) -> tirx.PrimFunc:
         UnsupportedError: K is above 256.
     """
     key_dim, value_dim, dtype = shape.key_dim, shape.value_dim, shape.dtype
-    if key_dim > MAX_KEY_DIM:
-        raise UnsupportedError(
-            f"a recurrent state of {key_dim} features per key is not supported on cuda: its "
-            f"kernel goes up to {MAX_KEY_DIM}"
-        )
+    shape.check_for_gpu()
     rows = -(-key_dim // PARTS)
 
     def body() -> None:

@@ -22,7 +22,6 @@ from relaxlm.compiler.kernels.builder import emit, length, tensor
 from relaxlm.compiler.kernels.cuda_script import local
 from relaxlm.compiler.kernels.cuda_state import PerKey, by_key, put, shared, when
 from relaxlm.compiler.kernels.state import ConvShape, ScanShape, Tokens
-from relaxlm.errors import UnsupportedError
 
 # The view's columns: a sequence's first row, how many it has, the slots that are read (-1: none,
 # since it begins) and written.
@@ -31,7 +30,6 @@ START, ROWS, SOURCE, TARGET = range(4)
 COLUMNS = 64
 THREADS = 256
 # float32 that a thread keeps.
-MAX_KEY_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -112,11 +110,7 @@ def scan_kernel(shape: ScanShape) -> tirx.PrimFunc:
         UnsupportedError: K is above 256.
     """
     key_dim, value_dim, dtype = shape.key_dim, shape.value_dim, shape.dtype
-    if key_dim > MAX_KEY_DIM:
-        raise UnsupportedError(
-            f"a recurrent state of {key_dim} features per key is not supported on GPUs: the kernel "
-            f"goes up to {MAX_KEY_DIM}"
-        )
+    shape.check_for_gpu()
     blocks = -(-value_dim // COLUMNS)
 
     def body() -> None:

@@ -9,6 +9,10 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from relaxlm.compiler.kernels.builder import length, tensor
+from relaxlm.errors import UnsupportedError
+
+# Features of a key, of which a GPU's threads have a part of the state in registers.
+MAX_GPU_KEY_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,17 @@ class ScanShape:
     def share(self) -> int:
         """Heads that read the same q and k."""
         return self.heads // self.groups
+
+    def check_for_gpu(self) -> None:
+        """
+        Raises:
+            UnsupportedError: keys are too wide for kernels of GPUs.
+        """
+        if self.key_dim > MAX_GPU_KEY_DIM:
+            raise UnsupportedError(
+                f"a recurrent state of {self.key_dim} features per key is not supported on GPUs: "
+                f"their kernels go up to {MAX_GPU_KEY_DIM}"
+            )
 
 
 @dataclass(frozen=True)

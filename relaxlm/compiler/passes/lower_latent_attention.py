@@ -79,12 +79,7 @@ class LowerLatentAttention:
         assert self.config.latent_cache is not None
         tensors = page_tensors(*self.config.latent_cache, self.format)
         signature = PagedSignature(self.config, tensors)
-        rewriter = _Rewriter(mod, self, signature)
-        for name, function in mod.functions_items():
-            if isinstance(function, relax.Function):
-                if any(param.name == "cache" for param in function.params):
-                    rewriter.builder_.update_func(name, signature.rewrite(function, rewriter))
-        mod = rewriter.builder_.finalize()
+        mod = signature.rewrite_module(mod, _Rewriter(mod, self, signature))
         return add_copy_pages(mod, signature.page_type(), self.kernels.kind)
 
 

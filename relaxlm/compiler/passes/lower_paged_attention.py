@@ -66,12 +66,7 @@ class LowerPagedAttention:
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         layer = self.kernels.page_tensors(cache_shape(self.config), self.format)
         signature = PagedSignature(self.config, layer)
-        rewriter = _Rewriter(mod, self, signature)
-        for name, function in mod.functions_items():
-            if isinstance(function, relax.Function):
-                if any(param.name == "cache" for param in function.params):
-                    rewriter.builder_.update_func(name, signature.rewrite(function, rewriter))
-        mod = rewriter.builder_.finalize()
+        mod = signature.rewrite_module(mod, _Rewriter(mod, self, signature))
         return add_copy_pages(mod, signature.page_type(), self.kernels.kind)
 
 

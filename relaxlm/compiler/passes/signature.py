@@ -1,5 +1,6 @@
 """The parameters that a compiled step has in place of a model's abstract cache."""
 
+import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator
 
@@ -62,6 +63,14 @@ class PagedSignature:
                 for tensor in self.state_tensors
             ]
         )
+
+    def rewrite_module(self, mod: tvm.IRModule, rewriter: PyExprMutator) -> tvm.IRModule:
+        """Rewrite every function that has a cache; `rewriter` was made for the module."""
+        for name, function in mod.functions_items():
+            if isinstance(function, relax.Function):
+                if any(param.name == "cache" for param in function.params):
+                    rewriter.builder_.update_func(name, self.rewrite(function, rewriter))
+        return rewriter.builder_.finalize()
 
     def rewrite(self, function: relax.Function, rewriter: PyExprMutator) -> relax.Function:
         """The function with these parameters; its body is what `rewriter` makes of it."""
