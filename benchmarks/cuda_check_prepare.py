@@ -282,6 +282,8 @@ def compiled(
 ) -> CompiledModel:
     config = models.load_config(raw)
     opt = "O2;act_quant=0" if device.kind == "cpu" else "O2"
+    if device.kind == "cuda" and config.has_head:
+        opt += ";cuda_graph=1"
     options = CompileOptions.resolve(config, scheme, None, limits, opt)
     return compile_model(config, raw, scheme, device, options)
 

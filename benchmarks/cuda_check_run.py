@@ -24,10 +24,12 @@ from relaxlm.runtime import cuda, tvm_runtime
 from relaxlm.runtime.cache_size import CacheSize, pages_for
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library
+from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.step_tables import text_tables
 
 CONTEXT, PROMPT = 128, 2048  # of the speeds
 STEPS, ROUNDS = 24, 5
+GRAPH_STEPS = 6  # the third of which runs as a CUDA graph for the first time
 SCRIPT = Path(__file__).with_name("cuda_check.py")
 
 
@@ -60,7 +62,7 @@ def logits_of(
         layers/j: [n, hidden] float32 of the first sequence, before the layers and after each.
     """
     info, found = library.metadata, {}
-    pages = len(prompts) * pages_for(info, max(map(len, prompts)))
+    pages = len(prompts) * pages_for(info, max(map(len, prompts)) + GRAPH_STEPS)
     size = CacheSize.of(info, pages, len(prompts))
     executor = Executor.from_arrays(library, params, size.pages, size.state_slots)
     if info.is_encoder:
@@ -89,6 +91,8 @@ def logits_of(
         for i, part in enumerate(np.split(logits, tables.row_offsets[1:-1])):
             rows[i].append(part.copy())
     found |= {f"logits/{i}": np.concatenate(parts) for i, parts in enumerate(rows)}
+    if info.has_cuda_graphs and not info.state.tensors:
+        found["graphs/0"] = _off_by_graphs(executor, sequences, held)
     for seq in held:
         sequences.free(seq)
     first = sequences.add()
@@ -96,6 +100,24 @@ def logits_of(
     executor.copy_pages(*sequences.take_copies())
     layers = executor.hidden_states(tables, prompts[0].astype(np.int32))
     return found | {f"layers/{i}": layer for i, layer in enumerate(layers)}
+
+
+def _off_by_graphs(executor: Executor, sequences: PagedSequences, held: list[int]) -> np.ndarray:
+    """By how much logits change when steps run as CUDA graphs, [steps]; 0 is right.
+
+    A step is repeated, which writes the same to the same pages.
+    """
+    off = []
+    for step in range(GRAPH_STEPS):
+        tables = sequences.batch([(seq, 1) for seq in held])
+        executor.copy_pages(*sequences.take_copies())
+        ids = np.arange(len(held), dtype=np.int32) + step
+        rows = np.arange(len(held), dtype=np.int32)
+        logits = executor.forward(tables, ids, rows).copy()
+        with executor.without_graphs():
+            single = executor.forward(tables, ids, rows)
+        off.append(np.abs(logits - single).max())
+    return np.array(off)
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -143,10 +165,15 @@ class Runner:
         params = {n.partition("/")[2]: a for n, a in arrays.items() if n.startswith("params/")}
         prompts = [arrays[f"ids/{i}"] for i in range(item["prompts"])]
         found = logits_of(Library.load(self.folder / item["library"]), params, prompts)
+        graphs = found.pop("graphs/0", None)
         errors = {name: relative(values, arrays[name]) for name, values in found.items()}
         logits = max(error for name, error in errors.items() if name.startswith("logits"))
         layers = [error for name, error in errors.items() if name.startswith("layers")]
-        return {"error": logits, "limit": item["limit"], "layers": layers}
+        result = {"error": logits, "limit": item["limit"], "layers": layers}
+        if graphs is not None and not (graphs == 0).all():
+            # Whatever they compute, it is not what the same kernels do.
+            result |= {"error": float("inf"), "graphs": graphs.tolist()}
+        return result
 
     def _speed(self, item: dict[str, Any]) -> dict[str, Any]:
         library = Library.load(self.folder / item["library"])
@@ -164,10 +191,16 @@ class Runner:
         prefill = [session.prefill(prompt) for _ in range(ROUNDS)]
         session.decode(CONTEXT, 1, 2)
         decode = [session.decode(CONTEXT, 1, STEPS) for _ in range(ROUNDS)]
+        graphs = {}
+        if info.has_cuda_graphs:
+            with executor.without_graphs():
+                single = [session.decode(CONTEXT, 1, STEPS) for _ in range(ROUNDS)]
+            graphs = {"decode_single_s": statistics.median(single)}
         return {
             "load_s": loaded,
             "prefill_s": statistics.median(prefill),
             "decode_s": statistics.median(decode),
+            **graphs,
             "prompt": prompt,
             "decode_bytes": item["decode_bytes"],
             "operations": item["operations"],
@@ -427,9 +460,9 @@ def report(items: Sequence[dict[str, Any]], results: dict[str, Any]) -> str:
         lines += ["", f"{machine['device']}: memory {bandwidth / 1e9:.0f} GB/s, measured"]
     lines += [
         "",
-        "| model | decode tok/s | GB/s | of memory | prefill tok/s | Tops/s | of torch's GEMM "
-        "| torch decode tok/s | torch prefill tok/s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | decode tok/s | GB/s | of memory | without graphs | prefill tok/s | Tops/s "
+        "| of torch's GEMM | torch decode tok/s | torch prefill tok/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for item in items:
         result = results.get(item["name"], {})
@@ -444,6 +477,7 @@ def report(items: Sequence[dict[str, Any]], results: dict[str, Any]) -> str:
             f"{1 / result['decode_s']:.1f}",
             f"{read / 1e9:.1f}",
             f"{read / bandwidth:.1%}" if bandwidth else "",
+            f"{1 / result['decode_single_s']:.1f}" if "decode_single_s" in result else "",
             f"{result['prompt'] / result['prefill_s']:.0f}",
             f"{rate / 1e12:.2f}",
             f"{rate / gemm:.1%}" if gemm else "",

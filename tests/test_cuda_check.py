@@ -43,7 +43,14 @@ def item(part: str, name: str, does: object, **more: object) -> dict:
     return {"part": part, "name": name, "does": does, **more}
 
 
-SPEED = {"prefill_s": 0.5, "decode_s": 0.01, "prompt": 100, "decode_bytes": 4e9, "operations": 1e12}
+SPEED = {
+    "prefill_s": 0.5,
+    "decode_s": 0.01,
+    "decode_single_s": 0.0125,
+    "prompt": 100,
+    "decode_bytes": 4e9,
+    "operations": 1e12,
+}
 ITEMS = [
     item("machine", "machine", {"device": "H", "read_bytes_per_s": 8e11, "copy_bytes_per_s": 7e11}),
     item("kernel", "right", {"error": 1e-6, "limit": 1e-5}),
@@ -74,7 +81,7 @@ def test_what_fails_stops_nothing_else(
     assert table.startswith("1 of 5 kernels and models are right; 4 are not, 0 did not run.\n")
     assert "| off | 5.0e-01 | 1e-01 | 2 |" in table
     # 400 of 800 GB/s, and 2 of 4 Tops/s.
-    assert "| 1b q0f16 | 100.0 | 400.0 | 50.0% | 200 | 2.00 | 50.0% |  |  |" in table
+    assert "| 1b q0f16 | 100.0 | 400.0 | 50.0% | 80.0 | 200 | 2.00 | 50.0% |  |  |" in table
     # Once more: only what failed, of the parts asked for.
     assert check.run(folder, output, ["kernel"], seconds=60, limit=3) is False
     assert (folder / "starts.txt").read_text().splitlines()[len(starts) :] == ["2"]

@@ -64,7 +64,8 @@ def compile(
             "float32, or 1 to round their activations, which is several times as fast: "
             '"O2;act_quant=0". Default: O2, and 1 where CPU and preset have kernels for it. '
             "batch_invariant=1: the same logits alone and in any batch, for slower prompts "
-            "(docs/batch-invariance.md).",
+            "(docs/batch-invariance.md). cuda_graph=1: steps of replies as CUDA graphs, for CUDA "
+            "(docs/performance.md).",
         ),
     ] = None,
     debug_dump: Annotated[

@@ -244,6 +244,7 @@ def _lower(
         options.act_quant,
         options.batch_invariant,
         device.shared_memory,
+        options.max_batch_size if options.cuda_graph else 0,
     )
     bounds = _bounds(options, config)
     instruments = []

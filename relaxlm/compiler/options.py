@@ -32,6 +32,7 @@ OPT_LEVELS = ("O1", "O2", "O3")
 DEFAULT_OPT = "O2"
 # Of `--opt`, as metadata has it: the runtime looks for it.
 BATCH_INVARIANT = "batch_invariant=1"
+CUDA_GRAPH = "cuda_graph=1"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class CompileOptions:
         return BATCH_INVARIANT in self.opt.split(";")
 
     @property
+    def cuda_graph(self) -> bool:
+        """Whether steps of decoding can be recorded as CUDA graphs (`runtime/decode_steps.py`)."""
+        return CUDA_GRAPH in self.opt.split(";")
+
+    @property
     def tuning(self) -> Tuning:
         """Parameters of CPU kernels."""
         pairs = (part.partition("=") for part in self.opt.split(";"))
@@ -87,8 +93,8 @@ class CompileOptions:
         Args:
             chat: mlc-chat-config.json, whose limits count unless they are -1 or null.
             overrides: "context_window_size=4096;kv_cache_dtype=fp8".
-            opt: "O2", "act_quant=1" or "O2;act_quant=1;batch_invariant=1"; both are 0 if they
-                are not named.
+            opt: "O2", "act_quant=1" or "O2;act_quant=1;batch_invariant=1"; what is not named is
+                0.
 
         Raises:
             ConfigError: an unknown key, a malformed value, or limits that contradict each other.
@@ -129,6 +135,11 @@ class CompileOptions:
                 f"context_window_size = {context}, and an encoder reads a text in one step: make "
                 "the first larger, or the second smaller"
             )
+        if options.cuda_graph and not config.has_head:
+            raise ConfigError(
+                f"--opt {CUDA_GRAPH} is for models that write, and this one makes vectors of "
+                "texts. Leave it out"
+            )
         return options._checked(config.is_encoder)
 
     def _checked(self, is_encoder: bool) -> CompileOptions:
@@ -154,7 +165,8 @@ def parse_opt(text: str) -> str:
     Raises:
         ConfigError: names the part that is wrong and what there is.
     """
-    level, act_quant, invariant, tuned = DEFAULT_OPT, False, False, dict[str, int]()
+    level, tuned = DEFAULT_OPT, dict[str, int]()
+    act_quant = invariant = graph = False
     for part in filter(None, (part.strip() for part in text.split(";"))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key in OPT_LEVELS and not equals:
@@ -163,16 +175,22 @@ def parse_opt(text: str) -> str:
             act_quant = value == "1"
         elif key == "batch_invariant" and value in ("0", "1"):
             invariant = value == "1"
+        elif key == "cuda_graph" and value in ("0", "1"):
+            graph = value == "1"
         elif key in tuning.NAMES and value.isdecimal():
             tuned[key] = int(value)
         else:
             raise ConfigError(
                 f"--opt {text}: {part!r} is not understood, expected one of "
                 f"{', '.join(OPT_LEVELS)}, act_quant=0 or act_quant=1, batch_invariant=0 or "
-                f"batch_invariant=1, or a number for {' or '.join(tuning.NAMES)}, several "
-                "separated by ';'"
+                "batch_invariant=1, cuda_graph=0 or cuda_graph=1, or a number for "
+                f"{' or '.join(tuning.NAMES)}, several separated by ';'"
             )
-    flags = ("act_quant=1" if act_quant else "", BATCH_INVARIANT if invariant else "")
+    flags = (
+        "act_quant=1" if act_quant else "",
+        BATCH_INVARIANT if invariant else "",
+        CUDA_GRAPH if graph else "",
+    )
     parts = (level, *flags, str(Tuning(**tuned)))
     return ";".join(filter(None, parts))
 
@@ -204,7 +222,7 @@ def with_saved_tuning(opt: str | None, device: DeviceTarget) -> str | None:
 
 
 def check_opt(options: CompileOptions, scheme: Scheme, device: DeviceTarget) -> None:
-    """Refuse what the device has no kernels for: a preset, act_quant=1 or batch_invariant=1.
+    """Refuse what there is nothing for on the device: a preset, or an option that is 1.
 
     Raises:
         ConfigError: an option would have no effect.
@@ -214,6 +232,10 @@ def check_opt(options: CompileOptions, scheme: Scheme, device: DeviceTarget) -> 
         raise ConfigError(
             f"--opt {BATCH_INVARIANT} is for device 'cpu', not '{device.kind}', whose kernels have "
             "not been shown to add up in one order. Leave it out, or compile for the CPU"
+        )
+    if options.cuda_graph and device.kind != "cuda":
+        raise ConfigError(
+            f"--opt {CUDA_GRAPH} is for device 'cuda', not '{device.kind}'. Leave it out"
         )
     if scheme.dtype == "bfloat16" and "sm_75" in device.arch:
         raise UnsupportedError(

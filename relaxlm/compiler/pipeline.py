@@ -24,6 +24,7 @@ from relaxlm.compiler.kernels import (
     gpu_rows,
 )
 from relaxlm.compiler.kernels.attention import PageTensor, page_tensors
+from relaxlm.compiler.passes.add_decode import AddDecode
 from relaxlm.compiler.passes.add_peaks import AddPeaks
 from relaxlm.compiler.passes.fuse_elementwise_cpu import FuseElementwiseCPU
 from relaxlm.compiler.passes.fuse_elementwise_gpu import FuseElementwiseGPU
@@ -42,6 +43,7 @@ from relaxlm.compiler.passes.lower_paged_attention import (
     cache_shape,
 )
 from relaxlm.compiler.passes.lower_routing_cuda import LowerRoutingCUDA
+from relaxlm.compiler.passes.own_storage import OwnStorage
 from relaxlm.compiler.passes.schedule_cpu import schedule_cpu
 from relaxlm.compiler.passes.share_tensors import ShareTensors
 from relaxlm.compiler.passes.sum_in_float32 import SumInFloat32
@@ -51,6 +53,7 @@ from relaxlm.models.weights import ParameterSpec
 from relaxlm.quantization.kv_cache import KVFormat
 from relaxlm.quantization.schemes import Scheme
 from relaxlm.quantization.transform import QuantizeParameters
+from relaxlm.runtime.decode_steps import DECODE
 
 ATTENTION = {
     "cpu": AttentionKernels(
@@ -91,7 +94,8 @@ class Lowering:
     """What the passes need to know besides the IR.
 
     `kind` is `DeviceTarget.kernels`, `shared_memory` is the target's, `act_quant` and
-    `batch_invariant` are as in `CompileOptions`.
+    `batch_invariant` are as in `CompileOptions`. CUDA graphs are made of steps of up to
+    `decode_rows` sequences; of none if it is 0.
     """
 
     config: DecoderConfig
@@ -102,6 +106,7 @@ class Lowering:
     act_quant: bool = False
     batch_invariant: bool = False
     shared_memory: int = 64 << 10  # what any GPU has
+    decode_rows: int = 0
 
     def page_tensors(self) -> tuple[PageTensor, ...]:
         """The cache tensors of each layer; an encoder has none."""
@@ -161,6 +166,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
             if lowering.kind != "gpu" and has_head
             else []
         ),
+        *([AddDecode(lowering.decode_rows)] if lowering.decode_rows else []),
         # WGSL has no 64-bit integers.
         *([tirx.transform.ForceNarrowIndexToInt32()] if lowering.kind == "gpu" else []),
     ]
@@ -235,6 +241,7 @@ def instruction_passes() -> list[tvm.transform.Pass]:
     forget each tensor would cost the VM an instruction.
     """
     return [
+        OwnStorage(DECODE),
         relax.transform.LowerRuntimeBuiltin(),
         relax.transform.ComputePrimValue(),
         relax.transform.VMShapeLower(),

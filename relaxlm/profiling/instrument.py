@@ -90,11 +90,13 @@ class Instrument:
         import tvm_ffi
 
         self._machine["set_instrument"](tvm_ffi.convert(see))
-        unwatched, self._executor._forward = self._executor._forward, self._machine["forward"]
+        executor = self._executor
+        unwatched = executor._forward, executor._decode
+        executor._forward, executor._decode = self._machine["forward"], None
         try:
             yield
         finally:
-            self._executor._forward = unwatched
+            executor._forward, executor._decode = unwatched
 
     def _describe(self, tensor: Any) -> Argument:
         name = self._names.get(_address(tensor), "")

@@ -1,13 +1,15 @@
 """Runs steps of a compiled model: the only runtime file that holds tensors."""
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from relaxlm.errors import ContextOverflowError, RequestError
 from relaxlm.runtime import gpu, tvm_runtime
+from relaxlm.runtime.decode_steps import DecodeSteps
 from relaxlm.runtime.library import Library
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.step_inputs import SeparateInputs, SharedInputs, StepInputs
@@ -100,11 +102,16 @@ class Executor:
         if self.metadata.is_encoder:
             self._cache = ()
         self._tables = len(BatchTables._fields) if states else _TABLES_OF_PAGES
+        self._machine = machine
 
     def _set_params(self, tensors: Sequence[Any]) -> None:
         if self.on_gpu:
             tensors = [tvm_runtime.copied_to(tensor, self.device) for tensor in tensors]
         self._params = _array(tensors)
+        self._decode: DecodeSteps | None = None
+        if self.metadata.has_cuda_graphs:
+            rest = (*self._cache, self._params)
+            self._decode = DecodeSteps(self._machine, self.metadata, self.device, rest)
 
     def memory(self) -> Memory:
         """Bytes used on the device."""
@@ -144,8 +151,7 @@ class Executor:
         assert len(input_ids) == tables.row_offsets[-1] == len(tables.slots)
         first, last = _bounds(logit_positions)
         assert 0 <= first and last < len(input_ids)
-        inputs = self._inputs((input_ids, *tables[: self._tables], logit_positions))
-        logits = self._forward(*inputs, *self._cache, self._params)
+        logits = self._logits((input_ids, *tables[: self._tables], logit_positions))
 
         if self._peaks is None:
             return StepLogits(self._read(logits))
@@ -207,6 +213,23 @@ class Executor:
         if len(sources) and len(self._kv):
             self._copy(self._kv, *self._inputs((sources, targets)))
 
+    @contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Within the block, the kernels of CUDA graphs are launched one by one."""
+        if self._decode is not None:
+            self._decode.by_graphs = False
+        try:
+            yield
+        finally:
+            if self._decode is not None:
+                self._decode.by_graphs = True
+
+    def _logits(self, arrays: Sequence[np.ndarray]) -> Any:
+        input_ids, offsets, rows = arrays[0], arrays[_ROW_OFFSETS], arrays[-1]
+        if self._decode is not None and len(input_ids) == len(offsets) - 1 == len(rows):
+            return self._decode.logits(arrays)
+        return self._forward(*self._inputs(arrays), *self._cache, self._params)
+
     def _check(self, input_ids: np.ndarray, sequences: int, rows: int) -> None:
         limits, tokens = self.limits, len(input_ids)
         # The planned buffers have room for this much and no more.
@@ -255,6 +278,7 @@ class Executor:
 
 
 _TABLES_OF_PAGES = BatchTables._fields.index("state_sources")
+_ROW_OFFSETS = 1 + BatchTables._fields.index("row_offsets")  # behind the token ids
 _NUMPY_BITS = {"bfloat16": "uint16"}
 # Up to so many numbers, a list's min and max are faster: between two steps NumPy's code has left
 # the processor's caches.

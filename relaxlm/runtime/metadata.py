@@ -107,6 +107,12 @@ class LibraryMetadata(_Strict):
         return "forward" if self.model_task == "chat" else "embeddings"
 
     @property
+    def has_cuda_graphs(self) -> bool:
+        """Whether it has what `runtime/decode_steps.py` needs."""
+        return "cuda_graph=1" in self.opt.split(";")
+
+    @property
     def step_bytes(self) -> int:
-        """Buffers of the largest step."""
-        return self.memory.temporary[self.main_function]
+        """Buffers of the largest step, and those that steps of decoding have for themselves."""
+        temporary = self.memory.temporary
+        return temporary[self.main_function] + temporary.get("decode", 0)

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ ALIGNMENT = 64
 _POOLED = 2
 # threading::ThreadGroup::AffinityMode of TVM: the fast cores, where they differ.
 _FAST_CORES = 1
+# Code and bits of a dtype: bytes.
+_BYTES = (1, 8)
 # Kinds of dtypes that NumPy passes through DLPack: its own, not those of ml_dtypes.
 _EXCHANGED = "iuf"
 
@@ -246,6 +248,44 @@ def download(tensor: Any) -> np.ndarray:
         copy = _function("TVMTensorCopyToBytes")
         copy(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
     return array
+
+
+def new_stream(device: Any) -> int:
+    """A queue of work on a GPU, beside the one that everything is in; there for good."""
+    return int(_function("Device_StreamCreate")(device))
+
+
+def use_stream(device: Any, stream: int) -> AbstractContextManager[object]:
+    """Within the block, what this thread launches goes into a queue."""
+    import tvm_ffi
+
+    return tvm_ffi.use_raw_stream(device, stream)
+
+
+def scratch_address(device: Any) -> int:
+    """Where the memory lies that this thread's kernels take while they are launched.
+
+    There is one such buffer per thread, as no kernel takes two, and it moves only to grow.
+    """
+    take, give_back = _scratch_functions()
+    kind = device.dlpack_device_type(), device.index
+    address = take(*kind, 1, *_BYTES)
+    give_back(*kind, address)
+    return address or 0
+
+
+@functools.cache
+def _scratch_functions() -> tuple[Any, Any]:
+    """As compiled host code calls them: TVMBackendAllocWorkspace and TVMBackendFreeWorkspace."""
+    load()
+    name = "tvm_runtime.dll" if sys.platform == "win32" else "libtvm_runtime.so"
+    library = ctypes.CDLL(str(library_folder() / name))
+    take, give_back = library.TVMBackendAllocWorkspace, library.TVMBackendFreeWorkspace
+    number = ctypes.c_int
+    take.argtypes = (number, number, ctypes.c_uint64, number, number)
+    take.restype = ctypes.c_void_p
+    give_back.argtypes = (number, number, ctypes.c_void_p)
+    return take, give_back
 
 
 @functools.cache

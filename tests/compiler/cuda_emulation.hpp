@@ -13,6 +13,8 @@
 #pragma once
 #include <tvm/ffi/c_api.h>
 
+#include "fake_cuda.hpp"
+
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -24,6 +26,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -303,11 +306,12 @@ static void on_fault(int, siginfo_t* info, void*) {
 }
 
 // Runs a whole grid; the result says what went wrong, if anything.
-static std::string launch(dim3 grid, dim3 block, size_t shared) {
+static const std::string& launch(dim3 grid, dim3 block, size_t shared) {
   size_t count = size_t(block.x) * block.y * block.z;
-  if (grid.x * grid.y * grid.z == 0) return "the grid has no blocks";
-  if (count > EMU_MOST_THREADS) return "too many threads in a block";
-  if (grid.y > 65535 || grid.z > 65535) return "more than 65535 blocks along y or z";
+  failure.clear();
+  if (grid.x * grid.y * grid.z == 0) return failure = "the grid has no blocks";
+  if (count > EMU_MOST_THREADS) return failure = "too many threads in a block";
+  if (grid.y > 65535 || grid.z > 65535) return failure = "more than 65535 blocks along y or z";
   if (stacks_size < count * kStack) {
     if (stacks) munmap(stacks, stacks_size);
     stacks_size = count * kStack;
@@ -320,7 +324,6 @@ static std::string launch(dim3 grid, dim3 block, size_t shared) {
   blockDim = block;
   threads.assign(count, Thread());
   dynamic_shared.assign(shared, 0);
-  failure.clear();
   struct sigaction action = {}, old_segv, old_bus;
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO;
@@ -387,6 +390,29 @@ int entry(const char* name, void (*kernel)(A...), std::vector<std::string> tags,
   if (error.empty()) return 0;
   TVMFFIErrorSetRaisedFromCStr("RuntimeError", ("CUDA emulation, " + std::string(name) + ": " + error).c_str());
   return -1;
+}
+
+// A launch with the arguments it was made with, for the stand-in for a driver.
+template <class... A>
+struct Recorded : FakeLaunch {
+  void (*kernel)(A...);
+  std::tuple<A...> arguments;
+  template <size_t... I>
+  Recorded(void (*kernel)(A...), void** given, std::index_sequence<I...>)
+      : kernel(kernel), arguments(*static_cast<A*>(given[I])...) {}
+  static void run_thread(const void* self) {
+    std::apply(static_cast<const Recorded*>(self)->kernel, static_cast<const Recorded*>(self)->arguments);
+  }
+  const char* run(const unsigned grid[3], const unsigned block[3], size_t shared) override {
+    body = run_thread;
+    body_arguments = this;
+    launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared);
+    return failure.c_str();
+  }
+};
+template <class... A>
+FakeLaunch* record(void (*kernel)(A...), void** given) {
+  return new Recorded<A...>(kernel, given, std::index_sequence_for<A...>());
 }
 
 // float <-> float16 and bfloat16, to nearest even.

@@ -145,6 +145,18 @@ def load(text: str) -> Any:
 
 def emulated_source(code: str, functions: Any) -> str:
     """TVM's CUDA C++ for a host compiler, with an entry point for each kernel."""
+    lines = [host_source(code)]
+    for name, info in functions.items():
+        tags = ", ".join(f'"{tag}"' for tag in info.launch_param_tags)
+        lines.append(
+            f'extern "C" int __tvm_ffi_{name}(void*, const TVMFFIAny* args, int32_t count, '
+            f'TVMFFIAny*) {{ return emu::entry("{name}", {name}, {{{tags}}}, args, count); }}'
+        )
+    return "\n".join(lines) + "\n"
+
+
+def host_source(code: str) -> str:
+    """TVM's CUDA C++ for a host compiler."""
     # The emulation has the functions of this file.
     code = re.sub(
         r"#ifndef RELAXLM_PTX\n.*?\n}  // namespace relaxlm\n#endif\n", "", code, flags=re.DOTALL
@@ -164,13 +176,7 @@ def emulated_source(code: str, functions: Any) -> str:
             name = line.split("[")[0].split()[-1]
             line = f"  auto* {name} = (unsigned char*)emu::dynamic_shared.data();"
         lines.append(line)
-    for name, info in functions.items():
-        tags = ", ".join(f'"{tag}"' for tag in info.launch_param_tags)
-        lines.append(
-            f'extern "C" int __tvm_ffi_{name}(void*, const TVMFFIAny* args, int32_t count, '
-            f'TVMFFIAny*) {{ return emu::entry("{name}", {name}, {{{tags}}}, args, count); }}'
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def compile_cpp(text: str, library: Path) -> None:

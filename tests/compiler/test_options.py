@@ -3,7 +3,8 @@
 import pytest
 
 from relaxlm import models
-from relaxlm.compiler.options import CompileOptions, parse_overrides
+from relaxlm.compiler.options import CompileOptions, check_opt, parse_overrides
+from relaxlm.compiler.target import resolve_device
 from relaxlm.errors import ConfigError
 from relaxlm.quantization.schemes import get_scheme
 from tests.models.parity import tiny_config
@@ -83,14 +84,26 @@ def test_optimisation_options_have_one_spelling() -> None:
     assert options.batch_invariant and not resolve(opt="batch_invariant=0").batch_invariant
 
 
+def test_cuda_graphs_are_for_cuda_and_for_models_that_write() -> None:
+    options, scheme = resolve(opt="cuda_graph=1;O1"), get_scheme("q4f16_1")
+    assert options.opt == "O1;cuda_graph=1" and options.cuda_graph
+    assert not resolve(opt="cuda_graph=0").cuda_graph
+    check_opt(options, scheme, resolve_device("cuda", "sm_80"))
+    with pytest.raises(ConfigError, match="cuda_graph=1 is for device 'cuda', not 'cpu'"):
+        check_opt(options, scheme, resolve_device("cpu"))
+    embedder = CONFIG.model_copy(update={"model_task": "embedding"})
+    with pytest.raises(ConfigError, match="cuda_graph=1 is for models that write"):
+        CompileOptions.resolve(embedder, scheme, opt="cuda_graph=1")
+
+
 @pytest.mark.parametrize("part", ["O7", "act_quant=2", "act_quant", "batch_invariant", "O2=1"])
 def test_unknown_optimisation_options_are_refused(part: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(opt=f"O1;{part}")
     assert str(error.value) == (
         f"--opt O1;{part}: {part!r} is not understood, expected one of O1, O2, O3, "
-        "act_quant=0 or act_quant=1, batch_invariant=0 or batch_invariant=1, or a number for ahead "
-        "or task_rows, several separated by ';'"
+        "act_quant=0 or act_quant=1, batch_invariant=0 or batch_invariant=1, cuda_graph=0 or "
+        "cuda_graph=1, or a number for ahead or task_rows, several separated by ';'"
     )
 
 

@@ -1,0 +1,37 @@
+"""Add a function for steps in which every sequence has one token, to be recorded as a CUDA graph.
+
+    forward(ids [n], .., kv, params)    ->    forward(ids [n], .., kv, params)
+                                              decode(ids [n], .., kv, params), n at most `rows`
+
+The same kernels in the same order. What differs is the memory plan: `decode` needs room for `rows`
+tokens and not for a chunk of a prompt, and `OwnStorage` lets it keep that memory. Runs on scheduled
+kernels.
+"""
+
+import tvm
+from tvm import relax
+
+from relaxlm.compiler.passes.split_few_rows import UPPER_BOUND
+from relaxlm.runtime.decode_steps import DECODE
+
+
+@tvm.transform.module_pass(opt_level=0, name="AddDecode")
+class AddDecode:
+    """The pass.
+
+    Args:
+        rows: tokens that a step may have.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        if DECODE in {var.name_hint for var in mod.get_global_vars()}:
+            return mod
+        forward = mod["forward"]
+        decode = relax.utils.copy_with_new_vars(forward).with_attr("global_symbol", DECODE)
+        tokens = decode.params[0].ty.shape[0]
+        builder = relax.BlockBuilder(mod)
+        builder.add_func(decode.with_attr(UPPER_BOUND, {tokens.name: self.rows}), DECODE)
+        return builder.finalize()
