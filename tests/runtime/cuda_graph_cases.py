@@ -105,10 +105,6 @@ class Session:
         if len(flat) > len(rows):
             return logits
         np.testing.assert_array_equal(logits, self.launched_one_by_one(tables, flat, rows))
-        with self.executor.without_graphs():
-            launched = fake_cuda.counted("graph launches")
-            np.testing.assert_array_equal(logits, self.executor.forward(tables, flat, rows))
-            assert fake_cuda.counted("graph launches") == launched
         return logits
 
     def fork(self, seq: int) -> int:
@@ -143,8 +139,12 @@ def test_graphs_give_the_logits_of_single_launches(  # see `Session.step`
     session.step((a, 29), (b, 45))
     before = fake_cuda.counted("graph launches")
     for _ in range(5):  # across the end of a page
-        logits = session.step((a, 1))
+        session.step((a, 1))
     assert fake_cuda.counted("graph launches") - before == 3
+    with session.executor.without_graphs():
+        session.step((a, 1))
+    assert fake_cuda.counted("graph launches") - before == 3
+    logits = session.step((a, 1))
     assert relative_error(logits[0], session.reference(weights, a)) < 2e-6
     # Other batches: 3 and 7 pages, and 5 x 4 and 3 of them, for which attention has parts and a
     # second kernel, in an order that changes.
