@@ -21,8 +21,15 @@ Overrides = Annotated[
         help="As for compile; with --model-lib, what the library was compiled with.",
     ),
 ]
+# Of commands that only measure a library, for which it says nothing beside `--model-lib`.
+CompileOverrides = Annotated[
+    str | None, typer.Option("--overrides", help="As for compile; not with a library.")
+]
 Opt = Annotated[
-    str | None, typer.Option("--opt", help="As for compile: act_quant=0 for exact matmuls.")
+    str | None,
+    typer.Option(
+        "--opt", help="As for compile: act_quant=0 for exact matmuls; not with a library."
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Default: one per physical core.")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relaxlm.cli.arguments import Device, ModelFolder, ModelLib, Overrides, Threads
+from relaxlm.cli.arguments import CompileOverrides, Device, ModelFolder, ModelLib, Opt, Threads
 
 if TYPE_CHECKING:
     from relaxlm.profiling.benchmark import Benchmark
@@ -15,7 +15,8 @@ def bench(
     folder: ModelFolder,
     model_lib: ModelLib = None,
     device: Device = "auto",
-    overrides: Overrides = None,
+    overrides: CompileOverrides = None,
+    opt: Opt = None,
     prompt: Annotated[
         str, typer.Option("--prompt", help="Lengths of prompts, in tokens: 512,2048.")
     ] = "512",
@@ -58,7 +59,7 @@ def bench(
     room = [(1, tokens) for tokens in prompts]
     room += [(count, tokens + STEPS + 1) for tokens, count in decodes]
     with compile_progress(f"load {folder.name}") as progress:
-        session = Session.load(folder, model_lib, device, overrides, room, progress)
+        session = Session.load(folder, model_lib, device, overrides, room, progress, opt)
     info = session.executor.metadata
     typer.echo(
         f"{folder}: {info.model_type}, {info.quantization}, {cache_name(info)}; "

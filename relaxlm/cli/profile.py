@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relaxlm.cli.arguments import ModelFolder, ModelLib, Overrides, Threads
+from relaxlm.cli.arguments import CompileOverrides, ModelFolder, ModelLib, Opt, Threads
 
 if TYPE_CHECKING:
     from relaxlm.profiling.profile import Part, StepProfile
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def profile(
     folder: ModelFolder,
     model_lib: ModelLib = None,
-    overrides: Overrides = None,
+    overrides: CompileOverrides = None,
+    opt: Opt = None,
     prompt: Annotated[
         int, typer.Option("--prompt", min=1, help="Tokens of the prompt that is profiled.")
     ] = 512,
@@ -57,7 +58,7 @@ def profile(
     set_threads(threads)
     room = [(1, prompt), (batch, context + 2 * rounds + ROOM)]
     with compile_progress(f"load {folder.name}") as progress:
-        session = Session.load(folder, model_lib, "cpu", overrides, room, progress)
+        session = Session.load(folder, model_lib, "cpu", overrides, room, progress, opt)
     # Nothing is shown where output is no terminal.
     with Console(stderr=True).status("profile"):
         steps = [

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from relaxlm.cli.arguments import Device, Opt, Overrides
+from relaxlm.cli.arguments import CompileOverrides, Device, Opt
 
 
 def verify(
@@ -28,7 +28,7 @@ def verify(
         typer.Option("--model-lib", help="A folder's library. Default: compiled just in time."),
     ] = None,
     device: Device = "auto",
-    overrides: Overrides = None,
+    overrides: CompileOverrides = None,
     opt: Opt = None,
     prompt: Annotated[
         list[str] | None,

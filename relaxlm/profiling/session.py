@@ -10,7 +10,12 @@ from relaxlm.errors import ConfigError, ContextOverflowError
 from relaxlm.runtime.cache_size import CacheSize, pages_for
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.executor import Executor
-from relaxlm.runtime.library import Library, check_fits_model, refuse_compile_options
+from relaxlm.runtime.library import (
+    Library,
+    check_device,
+    check_fits_model,
+    refuse_compile_options,
+)
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.sequence_table import PagedSequences
 
@@ -44,13 +49,14 @@ class Session:
         overrides: str | None = None,
         room: Sequence[tuple[int, int]] = ((1, 4096),),
         progress: Progress = lambda stage, share: None,
+        opt: str | None = None,
     ) -> "Session":
         """Load a converted folder.
 
         Args:
             model_lib: its library; compiled now, or found in the cache, if None.
-            device: "auto", "cpu" or "cuda".
-            overrides: as for `relaxlm compile`; only without `model_lib`.
+            device: as for `relaxlm chat`.
+            overrides, opt: as for `relaxlm compile`; only without `model_lib`.
             room: (sequences, tokens of each) that the KV cache must take, for the largest of them.
 
         Raises:
@@ -60,10 +66,11 @@ class Session:
         if model_lib is None:
             from relaxlm.runtime.jit import library_for
 
-            library = library_for(folder, device, overrides, progress)
+            library = library_for(folder, device, overrides, progress, opt)
         else:
-            refuse_compile_options(model_lib, overrides=overrides)
+            refuse_compile_options(model_lib, overrides=overrides, opt=opt)
             library = Library.load(model_lib)
+            check_device(library, device)
             check_fits_model(library, folder, config)
         info = library.metadata
         if info.model_task == "embedding":

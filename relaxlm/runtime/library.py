@@ -162,6 +162,17 @@ def refuse_compile_options(path: Path | str, **options: str | None) -> None:
             )
 
 
+def check_device(library: Library, device: str) -> None:
+    """Refuse a device, as `--device` names it, that is not the library's.
+
+    Raises:
+        ConfigError: names both.
+    """
+    kind = library.metadata.target.kind
+    if device.partition(":")[0] not in ("auto", kind):
+        raise ConfigError(f"device {device!r}, but {library.path} was compiled for {kind}")
+
+
 def check_settings(library: Library, settings: Mapping[str, int | str]) -> None:
     """Compare settings that are fixed at compile time; a smaller context is possible.
 

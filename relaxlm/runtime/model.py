@@ -11,6 +11,7 @@ from relaxlm.runtime.chat_settings import ChatConfig
 from relaxlm.runtime.generation import GenerationConfig
 from relaxlm.runtime.library import (
     Library,
+    check_device,
     check_fits_model,
     check_settings,
     refuse_compile_options,
@@ -77,9 +78,7 @@ class ServedModel:
         else:
             refuse_compile_options(model_lib, opt=opt)
             library = Library.load(model_lib)
-            kind = library.metadata.target.kind
-            if device not in ("auto", kind):
-                raise ConfigError(f"device {device!r}, but {model_lib} was compiled for {kind}")
+            check_device(library, device)
             check_fits_model(library, folder, config)
             check_settings(library, settings.compiled())
         return cls(

@@ -16,7 +16,7 @@ from relaxlm.quantization.kv_cache import KVFormat, get_kv_format
 from relaxlm.quantization.schemes import Scheme, get_scheme
 from relaxlm.runtime.chat_config import ChatConfigFile, Pooling
 from relaxlm.runtime.embedding import pooled
-from relaxlm.runtime.library import Library, refuse_compile_options
+from relaxlm.runtime.library import Library, check_device, refuse_compile_options
 from relaxlm.runtime.metadata import LibraryMetadata
 from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.tokenizer import Tokenizer
@@ -311,8 +311,7 @@ def _open(
             )
         folder = WeightFolder(target)
         if model_lib is not None:
-            refuse_compile_options(model_lib, overrides=overrides, opt=opt)
-            return Library.load(model_lib), folder
+            return _load(model_lib, device, overrides, opt), folder
         from relaxlm.runtime.jit import library_for
 
         return library_for(target, device, overrides, progress, opt), folder
@@ -321,8 +320,14 @@ def _open(
             f"--model-lib {model_lib} goes with a converted folder, but {target} is none: "
             "give the library's weights with --weights FOLDER"
         )
-    refuse_compile_options(target, overrides=overrides, opt=opt)
-    return Library.load(target), WeightFolder(weights or target.parent)
+    return _load(target, device, overrides, opt), WeightFolder(weights or target.parent)
+
+
+def _load(path: Path, device: str, overrides: str | None, opt: str | None) -> Library:
+    refuse_compile_options(path, overrides=overrides, opt=opt)
+    library = Library.load(path)
+    check_device(library, device)
+    return library
 
 
 def _compare_configs(config: DecoderConfig, library: Library, source: Path) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from relaxlm.errors import ConfigError
 from relaxlm.profiling.instrument import Argument, Call, Instrument
 from relaxlm.profiling.profile import _Costs, profile_decode, profile_prefill, summarize
 from relaxlm.profiling.session import Session
@@ -18,6 +19,17 @@ LAYERS, HIDDEN, MID = 2, 64, 96
 @pytest.fixture(scope="module")
 def session(tiny: TinyModel) -> Session:
     return Session.load(tiny.folder, tiny.library, room=[(1, 64), (3, 40)])
+
+
+def test_what_a_compiled_library_cannot_be_told_is_refused(tiny: TinyModel) -> None:
+    for options, message in (
+        ({"device": "cuda"}, f"device 'cuda', but {tiny.library} was compiled for cpu"),
+        ({"opt": "act_quant=0"}, "opt = 'act_quant=0' is for compiling"),
+        ({"overrides": "max_batch_size=2"}, "overrides = 'max_batch_size=2' is for compiling"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Session.load(tiny.folder, tiny.library, **options)
+        assert str(caught.value).startswith(message)
 
 
 def test_every_matrix_once_and_all_of_the_step(session: Session) -> None:

@@ -421,6 +421,9 @@ def test_options_that_contradict_each_other_are_refused(llama: Path, q0f32: Path
         "--model-lib b.so goes with a converted folder, but a.so is none: give the library's "
         "weights with --weights FOLDER"
     )
+    library = prepare(llama, q0f32, TEXTS, device="cpu").library.path
+    with pytest.raises(ConfigError, match=r"device 'cuda', but .* was compiled for cpu"):
+        prepare(llama, library, TEXTS, weights=q0f32, device="cuda")
     for option in ("opt", "overrides"):
         with pytest.raises(ConfigError, match=f"^{option} = 'x' is for compiling, and a.so is "):
             prepare(llama, q0f32, TEXTS, model_lib=Path("a.so"), **{option: "x"})
