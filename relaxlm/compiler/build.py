@@ -29,6 +29,7 @@ from relaxlm.compiler.kernels.cpu_latent_attention import (
 from relaxlm.compiler.link import LinksObjects, export_library
 from relaxlm.compiler.options import CompileOptions, check_opt
 from relaxlm.compiler.passes.lower_paged_attention import cache_shape
+from relaxlm.compiler.passes.own_storage import UPPER_BOUND
 from relaxlm.compiler.passes.signature import state_tensors
 from relaxlm.compiler.pipeline import (
     Lowering,
@@ -310,10 +311,12 @@ def _bounds(options: CompileOptions, config: DecoderConfig) -> dict[str, int]:
 
 
 def _bound_shapes(module: tvm.IRModule, bounds: Mapping[str, int]) -> tvm.IRModule:
-    """Tell the memory planner the largest value of each symbolic length."""
+    """Tell the memory planner the largest value of each symbolic length, if it has none yet."""
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):
-            module[name] = function.with_attr("tir_var_upper_bound", dict(bounds))
+            known = (function.attrs or {}).get(UPPER_BOUND, {})
+            both = {**bounds, **{length: int(most) for length, most in known.items()}}
+            module[name] = function.with_attr(UPPER_BOUND, both)
     return module
 
 

@@ -7,8 +7,7 @@ from tvm import relax
 from tvm_ffi import structural_equal
 
 from relaxlm.compiler.passes.add_decode import AddDecode
-from relaxlm.compiler.passes.own_storage import OwnStorage
-from relaxlm.compiler.passes.split_few_rows import UPPER_BOUND
+from relaxlm.compiler.passes.own_storage import UPPER_BOUND, OwnStorage
 from relaxlm.compiler.pipeline import instruction_passes, memory_passes
 from relaxlm.runtime.decode_steps import DECODE
 

@@ -11,7 +11,7 @@ kernels.
 import tvm
 from tvm import relax
 
-from relaxlm.compiler.passes.split_few_rows import UPPER_BOUND
+from relaxlm.compiler.passes.own_storage import UPPER_BOUND
 from relaxlm.runtime.decode_steps import DECODE
 
 

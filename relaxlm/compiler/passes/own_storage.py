@@ -14,7 +14,8 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from relaxlm.compiler.passes.split_few_rows import UPPER_BOUND
+# What a function's lengths are at most, for the memory planner.
+UPPER_BOUND = "tir_var_upper_bound"
 
 
 @tvm.transform.module_pass(opt_level=0, name="OwnStorage")
