@@ -4,7 +4,7 @@
     tar -xf FOLDER.tar.xz                                                         # with the GPU
     PYTHONPATH=FOLDER/packages:. python benchmarks/cuda_check.py run FOLDER
 
-`prepare` compiles kernels, tiny models of every family and models of real shapes for the GPU, and
+`prepare` compiles kernels, tiny models of most families and models of real shapes for the GPU, and
 computes on the CPU what the kernels (float64 NumPy) and the tiny models (relaxlm's CPU libraries,
 which tests hold against transformers) have to come to. With `--python` it also puts the packages
 that running takes into FOLDER/packages, without TVM's compiler: the GPU machine needs Python with
@@ -38,7 +38,7 @@ def main() -> int:
     prepare.add_argument("folder", type=Path)
     prepare.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     prepare.add_argument("--arch", default="sm_90", help="of the GPU, or several: sm_80,sm_90")
-    prepare.add_argument("--families", nargs="*", help="model types; default: all")
+    prepare.add_argument("--families", nargs="*", help="model types; default: all of FAMILIES")
     prepare.add_argument("--presets", nargs="+", default=["q0f32", "q4f16_1"])
     prepare.add_argument("--shapes", nargs="*", default=["1b", "8b"], choices=SHAPES)
     prepare.add_argument("--shape-presets", nargs="+", default=["q4f16_1", "q0f16"])

@@ -31,11 +31,12 @@ from relaxlm.quantization.schemes import Scheme, get_scheme
 from relaxlm.runtime.library import Library
 from relaxlm.versions import PINNED
 
-# Where the tests have a tiny model of every family.
+# Where the tests have tiny models: of most kinds of layers, and not of every family.
 FAMILIES = (
     *("test_parity", "test_families_1", "test_families_1b", "test_families_2", "test_families_2b"),
     *("test_gemma2", "test_families_2c", "test_moe", "test_moe_2", "test_deepseek"),
     *("test_gpt_oss", "test_llama4", "test_gated_delta", "test_rwkv", "test_encoders"),
+    "test_alibi",
 )
 KERNEL_PRESETS = ("q0f32", "q0f16", "q0bf16", "q4f16_1", "q4f16_0", "q3f16_1", "q8f16_1")
 KERNEL_SHAPE, KERNEL_ROWS = (264, 1024), (1, 3, 8, 17, 64, 130)
