@@ -7,6 +7,7 @@ from relaxlm.engine.replies import ReplyFormat, reply_format
 from relaxlm.engine.replies.formats import FORMATS
 from relaxlm.engine.replies.harmony import TOKENS as HARMONY_TOKENS
 from relaxlm.errors import ConfigError
+from relaxlm.runtime import tool_messages
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.prompt import PromptBuilder
 from tests.engine.replies.samples import parsed, request, tokenizer
@@ -210,6 +211,23 @@ def test_what_a_template_says_of_calls(name: str) -> None:
         "seed": "<seed:think>",
     }
     assert (found.reasoning.begin if found.reasoning else None) == tags.get(name)
+
+
+def test_calls_written_into_the_text_are_read_back() -> None:
+    """For templates that write none themselves: in the form that they speak of."""
+    also = {"<|tool_call|>": "<|start_of_role|>", "<tool> ": "<extra_id_1>"}
+    names = []
+    for mark in tool_messages._TEXTS:
+        template = mark + also.get(mark, "")
+        found = detected(template)
+        names.append(found.tools.name)
+        message = {"role": "assistant", "content": "Wait.", "tool_calls": CALLS}
+        changed = tool_messages.calls_as_text(message, template)
+        assert changed is not None
+        read = parsed(found.parser(request()), list(changed["content"]))
+        assert (read.content, [call.name for call in read.tool_calls]) == ("Wait.", ["f", "g"])
+        assert json.loads(read.tool_calls[0].arguments) == ARGUMENTS
+    assert names == ["hermes", "phi4", "granite", "lfm2", "minitron"]
 
 
 def test_every_format_is_detected_by_a_template() -> None:
