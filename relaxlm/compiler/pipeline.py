@@ -18,6 +18,7 @@ from relaxlm.compiler.kernels import (
     cuda_rope,
     cuda_rows,
     gpu_attention,
+    gpu_encoder_attention,
     gpu_latent_attention,
     gpu_matmul,
     gpu_rope,
@@ -42,7 +43,7 @@ from relaxlm.compiler.passes.lower_paged_attention import (
     LowerPagedAttention,
     cache_shape,
 )
-from relaxlm.compiler.passes.lower_routing_cuda import LowerRoutingCUDA
+from relaxlm.compiler.passes.lower_routing import LowerRouting
 from relaxlm.compiler.passes.own_storage import OwnStorage
 from relaxlm.compiler.passes.schedule_cpu import schedule_cpu
 from relaxlm.compiler.passes.share_tensors import ShareTensors
@@ -149,6 +150,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
             if lowering.kind == "cpu"
             else [
                 *_gpu_passes(lowering, dtype),
+                LowerRouting(lowering.kind),
                 relax.transform.FuseTransposeMatmul(),
             ]
         ),
@@ -180,7 +182,6 @@ def _gpu_passes(lowering: Lowering, dtype: str) -> list[tvm.transform.Pass]:
             LowerMatmulGPU(product),
             FuseRope(lowering.kv_format, cuda_rope.rope_append_kernel, dtype),
             FuseElementwiseGPU(cuda_rows.row_kernel, dtype),
-            LowerRoutingCUDA(),
         ]
     return [
         LowerMatmulGPU(gpu_matmul.product_kernel),
@@ -194,7 +195,10 @@ def _attention_pass(lowering: Lowering) -> tvm.transform.Pass:
     """What lowers attention: encoders have no cache, and some caches hold latents."""
     config, kind = lowering.config, lowering.kind
     if config.is_encoder:
-        if kind != "cpu":
+        if kind == "gpu":
+            gpu = gpu_encoder_attention
+            return LowerEncoderAttention(gpu.attend_kernel, gpu.view_kernel())
+        if kind == "cuda":
             return LowerEncoderAttention(cuda_encoder_attention.attend_kernel)
         rounded = lowering.act_quant
         return LowerEncoderAttention(partial(cpu_encoder_attention.attend_kernel, rounded=rounded))

@@ -1,6 +1,6 @@
 """What plain kernels for GPUs cannot do: those of WebGPU, Metal, OpenCL and ROCm.
 
-They are loop nests that TVM schedules for any GPU, and the attention of `kernels/gpu_attention.py`.
+They are loop nests that TVM schedules for any GPU, and those of `kernels/gpu_*.py`.
 """
 
 from relaxlm.compiler.kernels.gpu_attention import CACHE_DTYPES, MAX_HEAD_DIM
@@ -23,22 +23,17 @@ def refuse_for_plain_gpu(
     """
     cpu = "--device wasm in browsers, --device cpu elsewhere"
     cpu = cpu if device == "webgpu" else "--device cpu"
-    for what, found in (
-        ("an encoder's attention", config.is_encoder),
-        ("mixtures of experts", getattr(config, "num_experts", None)),
-        (f"head_dim = {config.head_dim}", config.head_dim > MAX_HEAD_DIM),
-    ):
-        if found:
-            raise UnsupportedError(
-                f"{config.model_type}: {what} is not supported on {device}. Compile for the CPU: "
-                f"{cpu}"
-            )
+    if config.head_dim > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"{config.model_type}: head_dim = {config.head_dim} is not supported on {device}: "
+            f"its kernels go up to {MAX_HEAD_DIM}. Compile for the CPU: {cpu}"
+        )
     if scheme.dtype == "bfloat16":
         raise UnsupportedError(
             f"quantization {scheme.name} is not supported on {device}, for which there are no "
             "kernels in bfloat16. Use a preset in float16 or float32, such as q4f16_1"
         )
-    if cache.dtype not in CACHE_DTYPES:
+    if not config.is_encoder and cache.dtype not in CACHE_DTYPES:
         raise UnsupportedError(
             f"kv_cache_dtype = {cache.name} is not supported on {device}: its kernels have float16 "
             'and float32. Use --overrides "kv_cache_dtype=float16"'

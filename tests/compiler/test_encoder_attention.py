@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 import tvm
 
-from relaxlm.compiler.kernels import cpu_encoder_attention, cuda_encoder_attention
+from relaxlm.compiler.kernels import (
+    cpu_encoder_attention,
+    cuda_encoder_attention,
+    gpu_encoder_attention,
+)
 from relaxlm.compiler.kernels.attention import AttentionShape
 from relaxlm.compiler.target import resolve_device
 from tests import reference
@@ -105,4 +109,33 @@ def test_texts_of_a_step_on_cuda(
     qkv, offsets = step(of, [5, 1, 0, 17, 40], dtype)
     out = np.full((len(qkv), of.q_heads * of.head_dim), 7, dtype)
     cuda.build(cuda_encoder_attention.attend_kernel(of, dtype))(qkv, offsets, out)
+    assert reference.relative_error(out.astype("float32"), expected(of, qkv, offsets)) < error
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("heads", "dtype", "error", "cuda"),
+    [
+        ((4, 4, 24), "float32", 2e-6, "forward"),
+        ((6, 2, 64), "float16", 5e-4, "reverse"),
+        ((2, 1, 160), "float32", 2e-6, "random"),
+    ],
+    ids=["f32", "gqa-f16", "wide"],
+    indirect=["cuda"],
+)
+def test_texts_of_a_step_on_plain_gpus(
+    cuda: CudaEmulation, heads: tuple[int, int, int], dtype: str, error: float
+) -> None:
+    """Their kernels are loop nests that TVM also compiles for CUDA."""
+    of = shape(*heads)
+    # Several texts in a tile of queries, and a text in several tiles.
+    qkv, offsets = step(of, [5, 1, 0, 17, 40, 3], dtype)
+    qkv *= np.linspace(1, 6, len(qkv), dtype=dtype)[:, None, None]  # scores that keep on growing
+    out = np.full((len(qkv), of.q_heads * of.head_dim), 7, dtype)
+    view = np.full((len(qkv), 2), -1, "int32")
+    see, attend = cuda.build_all(
+        [gpu_encoder_attention.view_kernel(), gpu_encoder_attention.attend_kernel(of, dtype)]
+    )
+    see(offsets, view)
+    attend(qkv, view, out)
     assert reference.relative_error(out.astype("float32"), expected(of, qkv, offsets)) < error

@@ -23,7 +23,7 @@ from tests import reference
 from tests.compiler.cuda_emulation import needs_compiler
 from tests.compiler.gpu_emulation import GpuEmulation, has_opencl_driver
 from tests.compiler.test_cuda_model_logits import FAMILIES, random_parameters
-from tests.models import parity, test_alibi, test_encoders
+from tests.models import parity, test_alibi, test_encoders, test_gpt_oss, test_moe_2
 from tests.models.parity import Compiled, tiny_config
 
 IDS = np.random.default_rng(5).integers(0, parity.VOCAB, 7)
@@ -111,6 +111,56 @@ def test_attention_of_families_is_that_of_the_cpu(emulated: Callable, family: st
         assert reference.relative_error(ours, theirs) < 3e-6
 
 
+MIXTURES = {
+    # A softmax, and an expert that every token passes.
+    "qwen2_moe": FAMILIES["qwen2_moe"],
+    # Sigmoids, biases, and groups of experts.
+    "glm4_moe": test_moe_2.VARIANTS["glm4_moe"],
+    # Two that are close to each other.
+    "phimoe": test_moe_2.VARIANTS["phimoe"],
+    # A softmax of the chosen; experts with biases.
+    "gpt_oss": test_gpt_oss.config(),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("family", "kind", "preset", "tolerance"),
+    [
+        ("qwen2_moe", "metal", "q4f16_1", 4e-3),
+        ("glm4_moe", "metal", "q0f32", 2e-6),
+        ("phimoe", "opencl", "q0f32", 2e-6),
+        ("gpt_oss", "opencl", "q4f32_1", 2e-6),
+    ],
+)
+def test_mixtures_of_experts_are_those_of_the_cpu(
+    emulated: Callable, family: str, kind: str, preset: str, tolerance: float
+) -> None:
+    raw = MIXTURES[family]
+    params = random_parameters(raw, get_scheme(preset))
+    with emulated(kind):
+        # More rows of an expert than are multiplied one by one, and single tokens.
+        (result,) = Compiled(raw, params, preset).run([IDS], [5, 1, 1])
+    (expected,) = Compiled(raw, params, preset, opt="O2").run([IDS], [5, 1, 1])
+    assert reference.relative_error(result, expected) < tolerance
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kind", "preset", "tolerance"), [("metal", "q0f32", 2e-6), ("opencl", "q4f16_1", 4e-3)]
+)
+def test_states_of_an_encoder_are_those_of_the_cpu(
+    emulated: Callable, kind: str, preset: str, tolerance: float
+) -> None:
+    raw = test_encoders.bert(num_hidden_layers=1)
+    params, batch = random_parameters(raw, get_scheme(preset)), test_encoders.texts(1, 7, 40)
+    with emulated(kind):
+        results = Compiled(raw, params, preset).run(batch, [])
+    expected = Compiled(raw, params, preset, opt="O2").run(batch, [])
+    for ours, theirs in zip(results, expected, strict=True):
+        assert reference.relative_error(ours, theirs) < tolerance
+
+
 @needs_compiler
 @pytest.mark.skipif(not has_opencl_driver(), reason="there is no PoCL")
 def test_logits_of_an_opencl_driver_are_those_of_the_cpu(emulated: Callable) -> None:
@@ -118,22 +168,21 @@ def test_logits_of_an_opencl_driver_are_those_of_the_cpu(emulated: Callable) -> 
 
 
 @pytest.mark.parametrize(
-    ("raw", "what"),
+    ("raw", "size"),
     [
-        (test_encoders.bert(), "an encoder's attention"),
-        (FAMILIES["qwen2_moe"], "mixtures of experts"),
-        (tiny_config("llama", head_dim=4096), "head_dim = 4096"),
+        (tiny_config("llama", head_dim=4096), 4096),
+        (test_encoders.bert(hidden_size=4096, num_attention_heads=2), 2048),
     ],
-    ids=["encoder", "experts", "large-head"],
+    ids=["decoder", "encoder"],
 )
-def test_families_without_kernels_are_refused(raw: dict, what: str) -> None:
+def test_heads_without_kernels_are_refused(raw: dict, size: int) -> None:
     config, scheme = models.load_config(raw), get_scheme("q4f16_1")
     for device in ("metal", "opencl", "rocm"):
         with pytest.raises(UnsupportedError) as caught:
             refuse_for_plain_gpu(config, scheme, KV_FORMATS["float16"], device)
         assert str(caught.value) == (
-            f"{raw['model_type']}: {what} is not supported on {device}. Compile for the CPU: "
-            "--device cpu"
+            f"{raw['model_type']}: head_dim = {size} is not supported on {device}: its kernels go "
+            "up to 1024. Compile for the CPU: --device cpu"
         )
 
 

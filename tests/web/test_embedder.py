@@ -1,6 +1,7 @@
 """Texts to vectors in the driver, next to Python's on this CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,13 +40,14 @@ output({
 """
 
 
-def test_vectors_are_those_of_python(
-    node: RunNode, kept_cache: None, tiny_encoder: TinyEmbedder, tmp_path: Path
-) -> None:
-    library = compile_demo(tiny_encoder.folder, "wasm", tmp_path / "tiny.wasm")
-    data = {"folder": str(tiny_encoder.folder), "library": str(library)}
-    found = node(EMBED, {**data, "texts": TEXTS, "long": LONG})
-    python = ChatModule(tiny_encoder.folder, model_lib=tiny_encoder.library)
+def compare(
+    run: RunNode, encoder: TinyEmbedder, device: str, place: Path, tolerance: float
+) -> tuple[dict[str, Any], Path]:
+    """Holds vectors against Python's; gives all that the driver said, and the library."""
+    library = compile_demo(encoder.folder, device, place / "tiny.wasm")
+    data = {"folder": str(encoder.folder), "library": str(library)}
+    found = run(EMBED, {**data, "texts": TEXTS, "long": LONG})
+    python = ChatModule(encoder.folder, model_lib=encoder.library)
     expected = {
         "vectors": python.embed_text(TEXTS),
         "queries": python.embed_text(TEXTS, prompt_name="query", dimensions=7),
@@ -53,7 +55,22 @@ def test_vectors_are_those_of_python(
         "one": python.embed_text(TEXTS[1:2]),
     }
     for name, vectors in expected.items():
-        np.testing.assert_allclose(found[name], vectors, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], vectors, rtol=10 * tolerance, atol=tolerance, err_msg=name
+        )
+    return found, library
+
+
+def test_vectors_on_a_gpu_are_those_of_python(
+    webgpu_node: RunNode, kept_cache: None, tiny_encoder: TinyEmbedder, tmp_path: Path
+) -> None:
+    compare(webgpu_node, tiny_encoder, "webgpu", tmp_path, 5e-5)
+
+
+def test_vectors_are_those_of_python(
+    node: RunNode, kept_cache: None, tiny_encoder: TinyEmbedder, tmp_path: Path
+) -> None:
+    found, library = compare(node, tiny_encoder, "wasm", tmp_path, 1e-5)
     assert found["none"] == "RequestError: no text to embed: expected at least one"
     assert found["empty"] == "RequestError: text 1 has no tokens, expected at least one"
     assert found["long"] == (

@@ -1,6 +1,6 @@
-"""Dawn, the WebGPU of Chromium, accepts the attention kernels, and they keep to WebGPU's limits.
+"""Dawn, the WebGPU of Chromium, accepts kernels of ours, and they keep to WebGPU's limits.
 
-What they compute is tested by `tests/compiler/test_gpu_attention.py`, and by whole models.
+What they compute is tested by `tests/compiler/test_gpu_*.py`, and by whole models.
 """
 
 import re
@@ -9,11 +9,18 @@ import pytest
 import tvm
 from tvm import tirx
 
-from relaxlm.compiler.kernels import gpu_attention, gpu_latent_attention
+from relaxlm.compiler.kernels import (
+    gpu_attention,
+    gpu_encoder_attention,
+    gpu_experts,
+    gpu_latent_attention,
+    gpu_routing,
+)
 from relaxlm.compiler.kernels.attention import PAGE_SIZE, AttentionShape
 from relaxlm.compiler.kernels.cpu_latent_attention import LatentShape
 from relaxlm.compiler.target import GPU_LIMITS
 from relaxlm.quantization.kv_cache import KV_FORMATS
+from relaxlm.quantization.schemes import SCHEMES
 from tests.web.conftest import RunNode
 
 # The defaults of WebGPU, which every device has: maxComputeWorkgroupStorageSize,
@@ -65,6 +72,8 @@ LATENT = {
     "float16": LatentShape(heads=20, latent=512, rope=64, scale=0.1),
     "float32": LatentShape(heads=40, latent=256, rope=32, scale=0.1),
 }
+# Experts: how many, of how many rows and columns, and how many a token passes.
+EXPERTS = {"q4f16_1": (128, 1536, 2048, 8), "q4f32_1": (300, 70, 90, 3)}
 
 
 @pytest.fixture(scope="module", params=ATTENTION)
@@ -80,14 +89,27 @@ def texts(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
     kernels["latent"] = gpu_latent_attention.attend_kernel(latent, KV_FORMATS[dtype], dtype)
     sizes = latent.heads, 140, latent.latent
     kernels["head_matmul"] = gpu_latent_attention.head_matmul_kernel(*sizes, dtype, dtype)
+    kernels["attend_text"] = gpu_encoder_attention.attend_kernel(ATTENTION[dtype][0], dtype)
+    kernels["view_texts"] = gpu_encoder_attention.view_kernel()
+    for preset, (experts, *matrix, each) in EXPERTS.items():
+        scheme = SCHEMES[preset]
+        if scheme.dtype == dtype:
+            kernels["choose"] = gpu_routing.choose_kernel(experts, each)
+            kernels["limit"] = gpu_routing.limit_kernel(experts, 4, 2, 2, -float("inf"))
+            kernels["plan"] = gpu_experts.plan_kernel(experts, each)
+            for name, linear in (("packed", scheme.linear), ("plain", None)):
+                kernels[name] = gpu_experts.expert_kernel(
+                    (experts, *matrix), linear, dtype, dtype, each, each
+                )
     return dtype, shaders(kernels)
 
 
 def test_kernels_keep_to_the_limits_of_every_device(texts: tuple[str, list[str]]) -> None:
     dtype, codes = texts
     # Few tokens, their parts, what merges these, many tokens; and the view. Latents: without many
-    # tokens; and three sizes of products.
-    assert len(codes) == 2 * (4 + 1) + 3 + 3
+    # tokens; and three sizes of products. Texts and their view; routing; three steps of a plan for
+    # each size of tiles; rows alone, and in tiles.
+    assert len(codes) == 2 * (4 + 1) + 3 + 3 + 2 + 2 + 2 * 3 + 2 * (1 + 2)
     for code in codes:
         arrays = re.findall(r"^var<workgroup> \w+ : array<(\w+), (\d+)>;", code, re.M)
         assert len(arrays) == code.count("var<workgroup>")

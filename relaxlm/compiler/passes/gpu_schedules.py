@@ -23,6 +23,16 @@ class Matmul(dlight.gpu.Matmul):
         return super().apply(func, target, _)
 
 
+class GEMV(dlight.gpu.GEMV):
+    """Leaves a matrix of one row, such as the gate of a shared expert, to the next rule."""
+
+    def apply(self, func: tirx.PrimFunc, target: tvm.target.Target, _: bool):
+        try:
+            return super().apply(func, target, _)
+        except ValueError:  # there are no loops over rows
+            return None
+
+
 class Reduction(dlight.gpu.Reduction):
     """Leaves functions to the next rule whose places depend on what they read, such as routing."""
 
@@ -37,7 +47,7 @@ def gpu_schedules() -> tvm.transform.Pass:
     """The pass; the first rule that applies to a function schedules it."""
     return dlight.ApplyDefaultSchedule(
         Matmul(),
-        dlight.gpu.GEMV(),
+        GEMV(),
         Reduction(),
         dlight.gpu.GeneralReduction(),
         dlight.gpu.Fallback(),

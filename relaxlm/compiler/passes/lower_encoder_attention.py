@@ -3,6 +3,11 @@
     out = call_dps_packed("relaxlm.encoder_attention", (qkv, row_offsets, q_heads, scale))
     ->   out = call_tir(encoder_attention, (qkv, row_offsets))
 
+Where a kernel wants to know of each row where its text begins and ends, another one finds that out
+once per step:
+
+    view = call_tir(text_view, (row_offsets,)); out = call_tir(encoder_attention, (qkv, view))
+
 Runs before LegalizeOps, in place of the passes that lower attention over a cache.
 """
 
@@ -22,18 +27,26 @@ Attend = Callable[[AttentionShape, str], tirx.PrimFunc]
 
 @tvm.transform.module_pass(opt_level=0, name="LowerEncoderAttention")
 class LowerEncoderAttention:
-    def __init__(self, attend: Attend) -> None:
-        self.attend = attend
+    """The pass.
+
+    Args:
+        attend: makes the kernel.
+        view: the kernel that makes a [n, 2] int32 view of row_offsets, if `attend`'s reads one.
+    """
+
+    def __init__(self, attend: Attend, view: tirx.PrimFunc | None = None) -> None:
+        self.attend, self.view = attend, view
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return rewrite_functions(mod, _Rewriter(mod, self.attend))
+        return rewrite_functions(mod, _Rewriter(mod, self))
 
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, attend: Attend) -> None:
+    def __init__(self, mod: tvm.IRModule, lowering: LowerEncoderAttention) -> None:
         super().__init__(mod)
-        self.attend = attend
+        self.lowering = lowering
+        self.views: dict[relax.Expr, relax.Var] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -48,6 +61,15 @@ class _Rewriter(PyExprMutator):
         _, heads, dim = qkv.ty.shape
         heads, dim, q_heads = int(heads), int(dim), int(q_heads.value)
         shape = AttentionShape(q_heads, (heads - q_heads) // 2, dim, 0, 0, scale.value)
-        kernel = self.attend(shape, str(qkv.ty.dtype))
+        kernel = self.lowering.attend(shape, str(qkv.ty.dtype))
         function = self.builder_.add_func(kernel, "encoder_attention")
-        return relax.call_tir(function, [qkv, row_offsets], call.ty)
+        texts = row_offsets if self.lowering.view is None else self._view(qkv, row_offsets)
+        return relax.call_tir(function, [qkv, texts], call.ty)
+
+    def _view(self, qkv: relax.Expr, row_offsets: relax.Expr) -> relax.Var:
+        if row_offsets not in self.views:
+            function = self.builder_.add_func(self.lowering.view, "text_view")
+            ty = relax.TensorType((qkv.ty.shape[0], 2), "int32")
+            view = relax.call_tir(function, [row_offsets], ty)
+            self.views[row_offsets] = self.builder_.emit(view)
+        return self.views[row_offsets]

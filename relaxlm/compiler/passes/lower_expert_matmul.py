@@ -9,6 +9,8 @@ that read the same choice:
 
     plan = call_tir(plan_experts, (chosen,)); y = call_tir(expert_matmul, (x, chosen, plan, q, s))
 
+(on those other than NVIDIA's a plan is two tensors).
+
 On CPUs, the loop nest `choose_experts` that finds a token's experts becomes a kernel, too.
 
 Runs after QuantizeParameters and before LegalizeOps.
@@ -20,6 +22,7 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from relaxlm.compiler.kernels import gpu_experts
 from relaxlm.compiler.kernels.cpu_choose import choose_kernel
 from relaxlm.compiler.kernels.cpu_experts import expert_kernel
 from relaxlm.compiler.kernels.cuda_experts import expert_kernel as cuda_expert_kernel
@@ -64,7 +67,7 @@ class _Rewriter(PyExprMutator):
         target = tvm.target.Target.current(allow_none=True)
         self.unit = vector_unit(target)
         self.isa = dot_products(target) if lowering.act_quant else None
-        self.plans: dict[relax.Expr, relax.Var] = {}
+        self.plans: dict[tuple[relax.Expr, int], list[relax.Var]] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -85,7 +88,9 @@ class _Rewriter(PyExprMutator):
         weight = stored_weight(self.mod, matrix, self.lookup_binding)
         assert weight is not None, f"weights of experts are parameters, not {matrix}"
         if self.lowering.kind == "cuda":
-            return self.on_gpu(x, weight, chosen, call.ty)
+            return self.on_cuda(x, weight, chosen, call.ty)
+        if self.lowering.kind == "gpu":
+            return self.on_plain_gpu(x, weight, chosen, int(repeat.value), call.ty)
         dtype = str(weight.stored[-1].ty.dtype)
         each = int(chosen.ty.shape[1])
         kernel = expert_kernel(
@@ -94,7 +99,7 @@ class _Rewriter(PyExprMutator):
         function = self.builder_.add_func(kernel, "expert_matmul")
         return relax.call_tir(function, [x, chosen, *weight.stored], call.ty)
 
-    def on_gpu(
+    def on_cuda(
         self, x: relax.Expr, weight: StoredWeight, chosen: relax.Expr, ty: relax.TensorType
     ) -> relax.Expr:
         experts, shared = weight.shape[0], self.lowering.shared_memory
@@ -104,8 +109,34 @@ class _Rewriter(PyExprMutator):
             function = self.builder_.add_func(plan_kernel(format, experts, shared), "plan_experts")
             rows = chosen.ty.shape[0] * chosen.ty.shape[1]
             plan = relax.call_tir(function, [chosen], relax.TensorType((plan_size(rows),), "int32"))
-            self.plans[key] = self.builder_.emit(plan)
+            self.plans[key] = [self.builder_.emit(plan)]
         function = self.builder_.add_func(
             cuda_expert_kernel(format, experts, shared), "expert_matmul"
         )
-        return relax.call_tir(function, [x, chosen, self.plans[key], *weight.stored], ty)
+        return relax.call_tir(function, [x, chosen, *self.plans[key], *weight.stored], ty)
+
+    def on_plain_gpu(
+        self,
+        x: relax.Expr,
+        weight: StoredWeight,
+        chosen: relax.Expr,
+        repeat: int,
+        ty: relax.TensorType,
+    ) -> relax.Expr:
+        n, each = chosen.ty.shape[0], int(chosen.ty.shape[1])
+        experts = weight.shape[0]
+        key = (chosen, experts)
+        if key not in self.plans:
+            kernel = gpu_experts.plan_kernel(experts, each)
+            function = self.builder_.add_func(kernel, "plan_experts")
+            types = [
+                relax.TensorType(shape, dtype)
+                for shape, dtype in gpu_experts.plan_types(n * each, experts)
+            ]
+            plan = self.builder_.emit(relax.call_tir(function, [chosen], types))
+            # Order and tiles; what is counted is for the plan itself.
+            self.plans[key] = [self.builder_.emit(relax.TupleGetItem(plan, i)) for i in range(2)]
+        dtypes = str(weight.stored[-1].ty.dtype), str(x.ty.dtype)
+        kernel = gpu_experts.expert_kernel(weight.shape, weight.quant, *dtypes, each, repeat)
+        function = self.builder_.add_func(kernel, "expert_matmul")
+        return relax.call_tir(function, [x, chosen, *self.plans[key], *weight.stored], ty)

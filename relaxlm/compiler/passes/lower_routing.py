@@ -1,4 +1,4 @@
-"""Choose experts on GPUs with a warp per token.
+"""Choose experts on GPUs with many threads per token.
 
     scores, chosen = call_tir(choose_experts, (p,))   ->   the same with a kernel of our own
 
@@ -6,26 +6,39 @@ and so for `limit_to_groups`. What these compute says `models/routing.py`, which
 attribute. Runs before the schedules of TVM, which have none for searches.
 """
 
+from types import ModuleType
+
 import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from relaxlm.compiler.kernels.cuda_routing import MOST_GROUPS, choose_kernel, limit_kernel
+from relaxlm.compiler.kernels import cuda_routing, gpu_routing
 from relaxlm.compiler.passes.rewrite import rewrite_functions
 from relaxlm.models.routing import ROUTING
 
+KERNELS = {"cuda": cuda_routing, "gpu": gpu_routing}
 
-@tvm.transform.module_pass(opt_level=0, name="LowerRoutingCUDA")
-class LowerRoutingCUDA:
+
+@tvm.transform.module_pass(opt_level=0, name="LowerRouting")
+class LowerRouting:
+    """The pass.
+
+    Args:
+        kind: of the target, a key of `KERNELS`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kernels = KERNELS[kind]
+
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return rewrite_functions(mod, _Rewriter(mod))
+        return rewrite_functions(mod, _Rewriter(mod, self.kernels))
 
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule) -> None:
+    def __init__(self, mod: tvm.IRModule, kernels: ModuleType) -> None:
         super().__init__(mod)
-        self.mod = mod
+        self.mod, self.kernels = mod, kernels
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -39,11 +52,14 @@ class _Rewriter(PyExprMutator):
         experts = int(scores.ty.shape[1])
         if name == "choose":
             (each,) = map(int, numbers)
-            function = self.builder_.add_func(choose_kernel(experts, each), "choose_experts")
+            kernel = self.kernels.choose_kernel(experts, each)
+            function = self.builder_.add_func(kernel, "choose_experts")
             return relax.call_tir(function, [scores], list(call.ty.fields))
         groups, kept, best, otherwise = numbers
-        if int(groups) > MOST_GROUPS:
+        if int(groups) > self.kernels.MOST_GROUPS:
             return call
-        kernel = limit_kernel(experts, int(groups), int(kept), int(best), float(otherwise))
+        kernel = self.kernels.limit_kernel(
+            experts, int(groups), int(kept), int(best), float(otherwise)
+        )
         function = self.builder_.add_func(kernel, "limit_to_groups")
         return relax.call_tir(function, [scores], call.ty)

@@ -6,18 +6,21 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, spec
 from tvm_ffi import structural_equal
 
-from relaxlm.compiler.kernels.cuda_routing import choose_kernel, limit_kernel
-from relaxlm.compiler.passes.lower_routing_cuda import LowerRoutingCUDA
+from relaxlm.compiler.passes.lower_routing import KERNELS, LowerRouting
 from relaxlm.models.routing import choose, limit_to_groups
 from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler
 from tests.expression import written_out
 
 
 @needs_compiler
-def test_the_largest_are_chosen_the_first_among_equals() -> None:
+@pytest.mark.parametrize("kind", KERNELS)
+def test_the_largest_are_chosen_the_first_among_equals(kind: str) -> None:
+    choose_kernel = KERNELS[kind].choose_kernel
     rng, nan, inf = np.random.default_rng(0), np.nan, np.inf
     many = rng.permutation(9 * 70).reshape(9, 70).astype("float32")
     many[3] = rng.integers(0, 4, 70)  # ties
+    many[4:7] -= 300  # of either sign
+    many[5, 1:9:2], many[5, 2:9:2], many[5, 9:] = 0.0, -0.0, -1e-40
     few = np.float32(
         [[1, 4, 2, 4], [3, 2, 3, 2], [nan, 5, nan, 1], [nan] * 4, [-inf, nan, -inf, 2]]
     )
@@ -36,10 +39,12 @@ def test_the_largest_are_chosen_the_first_among_equals() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("experts", "groups", "kept", "best"), [(24, 3, 2, 2), (64, 8, 3, 1)])
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize(("experts", "groups", "kept", "best"), [(24, 3, 2, 2), (320, 8, 3, 1)])
 def test_only_the_best_groups_keep_their_scores(
-    experts: int, groups: int, kept: int, best: int
+    kind: str, experts: int, groups: int, kept: int, best: int
 ) -> None:
+    limit_kernel = KERNELS[kind].limit_kernel
     scores = np.random.default_rng(1).standard_normal((6, experts)).astype("float32")
     scores[2] = 0.5  # all alike: the first groups
     limited = np.full_like(scores, 7)
@@ -59,14 +64,15 @@ class Router(nn.Module):
         return choose(limit_to_groups(scores, 4, 2, best=2, otherwise=-1.0), 3)
 
 
-def test_both_searches_get_kernels_of_their_own() -> None:
+@pytest.mark.parametrize("kind", KERNELS)
+def test_both_searches_get_kernels_of_their_own(kind: str) -> None:
     method = {"scores": spec.Tensor(["n", 16], "float32")}
     method["$"] = {"param_mode": "plain", "effect_mode": "none"}
     module, _ = Router().export_tvm(spec={"forward": method})
-    lowered = LowerRoutingCUDA()(module)
+    lowered = LowerRouting(kind)(module)
     both = "@choose_experts(@limit_to_groups(scores))"
     text = f"({both}[0], {both}[1])"
     assert written_out(lowered["forward"]) == text == written_out(module["forward"])
     functions = [str(name.name_hint) for name in lowered.get_global_vars()]
     assert sorted(functions) == ["choose_experts1", "forward", "limit_to_groups1"]
-    assert structural_equal(LowerRoutingCUDA()(lowered), lowered)
+    assert structural_equal(LowerRouting(kind)(lowered), lowered)
