@@ -163,11 +163,7 @@ def lowering_passes(lowering: Lowering) -> list[tvm.transform.Pass]:
         relax.transform.DeadCodeElimination(),
         # Loop nests -> parallel loops, or grids of threads.
         schedule_cpu() if lowering.kind == "cpu" else gpu_schedules(),
-        *(
-            [AddPeaks(lowering.config.vocab_size, lowering.kind)]
-            if lowering.kind != "gpu" and has_head
-            else []
-        ),
+        *([AddPeaks(lowering.config.vocab_size, lowering.kind)] if has_head else []),
         *([AddDecode(lowering.decode_rows)] if lowering.decode_rows else []),
         # WGSL has no 64-bit integers.
         *([tirx.transform.ForceNarrowIndexToInt32()] if lowering.kind == "gpu" else []),

@@ -79,10 +79,8 @@ class Executor:
         self._hidden, self._embeddings = machine["hidden_states"], machine["embeddings"]
         if self.metadata.model_task == "chat":
             self._forward = machine["forward"]
-            # Kernels that choose from logits are the CPU's and CUDA's.
-            plain = self.metadata.target.kind in gpu.PLAIN_GPUS
-            self._peaks: Any = None if plain else machine["peaks"]
-            if self.on_gpu and not plain:
+            self._peaks = machine["peaks"]
+            if self.on_gpu:
                 self._gather, self._weigh = machine["gather_logits"], machine["weigh_logits"]
         if not self.metadata.is_encoder:
             self._copy = machine["copy_pages"]
@@ -152,9 +150,6 @@ class Executor:
         first, last = _bounds(logit_positions)
         assert 0 <= first and last < len(input_ids)
         logits = self._logits((input_ids, *tables[: self._tables], logit_positions))
-
-        if self._peaks is None:
-            return StepLogits(self._read(logits))
 
         def peaks() -> np.ndarray:
             return self._read(self._peaks(logits))

@@ -19,6 +19,8 @@ from relaxlm.errors import UnsupportedError
 from relaxlm.quantization.kv_cache import KV_FORMATS
 from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime import executor
+from relaxlm.runtime.generation import GenerationConfig, SamplingState
+from relaxlm.runtime.sampling import sample
 from tests import reference
 from tests.compiler.cuda_emulation import needs_compiler
 from tests.compiler.gpu_emulation import GpuEmulation, has_opencl_driver
@@ -27,7 +29,8 @@ from tests.models import parity, test_alibi, test_encoders, test_gpt_oss, test_m
 from tests.models.parity import Compiled, tiny_config
 
 IDS = np.random.default_rng(5).integers(0, parity.VOCAB, 7)
-RAW = tiny_config("llama", num_hidden_layers=1, sliding_window=None)
+# A vocabulary of 20 blocks, the last of which is partly filled.
+RAW = tiny_config("llama", num_hidden_layers=1, sliding_window=None, vocab_size=5003)
 
 # Kernels of a layer: two norms, four products, of which one is gated, what brings queries to the
 # products and keys and values to the pages, and attention.
@@ -70,6 +73,7 @@ def check_logits(
         if not driver:
             # Steps of 6, 2 and 4 rows.
             assert gpu.started() == STEPS * (LAYER + BESIDES)
+        check_choices(compiled)
         compiled.executor.copy_pages(np.array([0, 1], "int32"), np.array([40, 63], "int32"))
         for tensor in compiled.executor._kv:
             pages = tensor.numpy()
@@ -79,6 +83,31 @@ def check_logits(
     expected = Compiled(RAW, params, preset, opt="O2").run([IDS, IDS[:5]], [3, 1, 3])
     for ours, theirs in zip(results, expected, strict=True):
         assert reference.relative_error(ours, theirs) < tolerance
+
+
+def check_choices(compiled: Compiled) -> None:
+    """Tokens are those of all logits, of which a CPU reads few."""
+    settings = [{"temperature": 0}, {"temperature": 0.5, "top_k": 2}, {"temperature": 0.3}]
+    settings.append({"temperature": 0.2, "top_p": 0.5})
+    seq = compiled.sequences.add()
+    tables = compiled.sequences.batch([(seq, 4)])
+    executor, rows = compiled.executor, np.arange(4, dtype=np.int32)
+    chosen = []
+    for whole in (False, True):
+        states = [
+            SamplingState(GenerationConfig(**one, seed=i), [1], 5003, 0)
+            for i, one in enumerate(settings)
+        ]
+        step = executor.compute(tables, IDS[:4], rows)
+        if whole:
+            chosen.append(sample(step.all(), states))
+            continue
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step, "_download", lambda: pytest.fail("all logits were read"))
+            logits, *known = step.seen_by(range(4), states)
+            chosen.append(sample(logits, states, *known))
+    assert chosen[0] == chosen[1] and len({one.token for one in chosen[0]}) > 1
+    compiled.sequences.free(seq)
 
 
 @needs_compiler

@@ -11,7 +11,8 @@ Weights are (code - zero) * scale in float32.
 
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -22,7 +23,7 @@ from relaxlm.compiler.kernels.gpu_activations import ACTIVATIONS
 from relaxlm.compiler.kernels.gpu_tiles import length, meet, private, put, shared
 from relaxlm.compiler.kernels.product import Product
 from relaxlm.compiler.kernels.stored import StoredMatrix
-from relaxlm.compiler.kernels.workgroup import add_up, grid, when
+from relaxlm.compiler.kernels.workgroup import grid, reduce, when
 
 # Rows of x that threads share weights for without tiles, and how many of them at once.
 FEW, TOKENS = 8, 4
@@ -163,7 +164,7 @@ def _few(tensors: _Tensors, tokens: int) -> None:
                         _dot(tensors, row, at, unit, values, tokens, add)
         for i in range(planes):
             put(met[i], sums[i], t)
-        add_up(met, t, lane, lanes, sides if matrix.columns else 1)
+        reduce(met, t, lane, lanes, sides if matrix.columns else 1)
         with when(lane == 0):
             for i, (column, inside) in enumerate(columns):
                 for j, (token, there) in enumerate(at_tokens):
@@ -232,8 +233,8 @@ def _code(matrix: StoredMatrix, word: Expr, i: int) -> Expr:
     return matrix.codes(word, i, 1)
 
 
-def _sum(terms) -> Expr:
-    return functools.reduce(lambda a, b: a + b, terms)
+def _sum(terms: Iterable[Expr]) -> Expr:
+    return functools.reduce(operator.add, terms)
 
 
 def _many(tensors: _Tensors) -> None:

@@ -14,7 +14,7 @@ from relaxlm.compiler.kernels.builder import emit, tensor
 from relaxlm.compiler.kernels.gpu_attention import page_tensors
 from relaxlm.compiler.kernels.gpu_tiles import length, private, put, shared
 from relaxlm.compiler.kernels.rope import RopeOptions
-from relaxlm.compiler.kernels.workgroup import MOST_BUFFERS, add_up, grid, when
+from relaxlm.compiler.kernels.workgroup import MOST_BUFFERS, grid, reduce, when
 from relaxlm.quantization.kv_cache import KVFormat
 
 THREADS = 64
@@ -103,7 +103,7 @@ def rope_append_kernel(
                     put(spread, 0.0)
                     each(dim, lambda d: put(spread, spread[0] + raw(d) * raw(d)))
                     put(sums, spread[0], t)
-                    add_up([sums], t, t, THREADS)
+                    reduce([sums], t, t, THREADS)
                     mean = sums[0] / T.float32(dim) + T.float32(options.eps)
                     put(spread, T.float32(1) / T.sqrt(mean))
                 if turned:

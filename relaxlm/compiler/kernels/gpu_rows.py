@@ -27,7 +27,7 @@ from relaxlm.compiler.kernels.row_expression import (
     Vector,
     parts,
 )
-from relaxlm.compiler.kernels.workgroup import MOST_BUFFERS, add_up, grid, when
+from relaxlm.compiler.kernels.workgroup import MOST_BUFFERS, grid, reduce, when
 
 # What a norm makes of an element, given the code for the vectors that it reads there.
 _Normalize = Callable[[Expr, Callable[[Expression], Expr]], Expr]
@@ -141,7 +141,7 @@ def _normalizer(
         put(mine, 0.0)
         all_elements(lambda i, _: put(mine, mine[0] + of(elements[i])))
         put(sums, mine[0], t)
-        add_up([sums], t, t, threads)
+        reduce([sums], t, t, threads)
         return sums[0]
 
     def centred(x: Expr) -> Expr:

@@ -3,7 +3,8 @@
 The memory of a thread and of a workgroup is that of `gpu_tiles`.
 """
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from tvm import tirx
@@ -41,23 +42,29 @@ def grid(blocks: Sequence[Expr | int], threads: int) -> Iterator[list[Expr]]:
         yield [*places, stack.enter_context(T.thread_binding(threads, "threadIdx.x"))]
 
 
-def add_up(
-    sums: Sequence[tirx.Buffer], place: Expr, lane: Expr, lanes: int, stride: int = 1
+def reduce(
+    parts: Sequence[tirx.Buffer],
+    place: Expr,
+    lane: Expr,
+    lanes: int,
+    stride: int = 1,
+    combine: Callable[[Expr, Expr], Expr] = operator.add,
 ) -> None:
     """Emit trees of sums in workgroup memory, after which lane 0 has them. Starts with a barrier.
 
     Args:
-        sums: one buffer for each sum, since TVM cannot tell parts of one apart. A thread's own
-            parts are at `place`.
+        parts: one buffer for each sum, since TVM cannot tell parts of one apart. A thread's own
+            part is at `place`.
         lanes: how many threads have a part of a sum, a power of two; `lane` of them is this one.
         stride: the distance from one lane's place to the next.
+        combine: what makes one of two parts.
     """
     assert lanes & (lanes - 1) == 0, lanes
     meet()
     step = lanes // 2
     while step:
         with when(lane < step):
-            for each in sums:
-                put(each, each[place] + each[place + step * stride], place)
+            for each in parts:
+                put(each, combine(each[place], each[place + step * stride]), place)
         meet()
         step //= 2
