@@ -150,6 +150,74 @@ output(input.settings.map((settings) => {
 """
 
 
+SAMPLE_FEW = """
+import { BLOCK, FewLogits } from "./few_logits.js";
+import { Sampler } from "./sampling.js";
+import { generationSettings } from "./settings.js";
+output(input.settings.map((settings) => {
+  const sampler = new Sampler(generationSettings(settings), input.prompt, input.vocab);
+  const [tokens, asked, enough] = [[], [], []];
+  for (const numbers of input.logits) {
+    const row = Float32Array.from(numbers);
+    const count = Math.ceil(row.length / BLOCK);
+    const blocks = [...Array(count).keys()];
+    const logits = blocks.map((block) => {
+      const padded = new Float32Array(BLOCK).fill(-Infinity);
+      padded.set(row.subarray(block * BLOCK, (block + 1) * BLOCK));
+      return padded;
+    });
+    const peaks = Float32Array.from(logits, (block) => Math.max(...block));
+    const wanted = sampler.blocksRead(count);
+    let token = null;
+    if (wanted) {
+      const highest = blocks.toSorted((a, b) => peaks[b] - peaks[a]).slice(0, wanted.largest);
+      const found = new Map([...highest, ...wanted.named].map((block) => [block, logits[block]]));
+      token = sampler.choose(new FewLogits(peaks, found, input.vocab));
+    }
+    asked.push(wanted !== null);
+    enough.push(token !== null);
+    tokens.push(token ?? sampler.choose(row));
+  }
+  return { tokens, asked, enough };
+}));
+"""
+# Settings, and in how many of 8 rows a few blocks are asked for and enough.
+FEW: list[tuple[dict[str, Any], int, range]] = [
+    ({"temperature": 0}, 8, range(6, 9)),
+    ({"temperature": 0, "repetition_penalty": 1.7}, 8, range(6, 9)),
+    ({"temperature": 0, "logit_bias": {"9000": 90, "10301": 99}}, 8, range(6, 9)),
+    # What is largest without the bias is not enough.
+    ({"temperature": 0, "logit_bias": {str(id): -90 for id in range(700, 768)}}, 8, range(2, 8)),
+    ({"temperature": 1.5, "top_k": 5, "top_p": 0.9}, 8, range(6, 9)),
+    ({"temperature": 1.5, "top_k": 3, "repetition_penalty": 1.3, "min_p": 0.1}, 8, range(4, 9)),
+    (
+        {"temperature": 1.1, "top_k": 4, "presence_penalty": 1, "frequency_penalty": 2},
+        8,
+        range(4, 9),
+    ),
+    ({"temperature": 1, "top_k": 40}, 0, range(1)),
+    ({"temperature": 1, "top_p": 0.9}, 0, range(1)),
+]
+
+
+def test_few_blocks_of_logits_give_the_tokens_of_the_whole_row(node: RunNode) -> None:
+    rng = np.random.default_rng(4)
+    vocab = 40 * 256 + 77
+    logits = np.round(rng.normal(0, 3, (8, vocab + 40)), 2).astype(np.float32)  # ties
+    logits[:, vocab:] = [[50]] + [[-20]] * 7  # padding; in a row, its block comes first
+    logits[2:5, 730:740] += 30
+    logits[5, vocab - 1] = 40
+    settings = [{**options, "seed": seed} for seed, (options, _, _) in enumerate(FEW)]
+    prompt = [3, 7, 3, 9000]
+    data = {"logits": logits.tolist(), "settings": settings, "prompt": prompt, "vocab": vocab}
+    answers = node(SAMPLE_FEW, data)
+    for (_, asked, enough), options, found in zip(FEW, settings, answers, strict=True):
+        state = SamplingState(GenerationConfig(**options), prompt, vocab)
+        expected = [sample(row[None], [state])[0] for row in logits]
+        assert found["tokens"] == [one.token for one in expected if isinstance(one, Sampled)]
+        assert (sum(found["asked"]), sum(found["enough"]) in enough) == (asked, True), options
+
+
 def test_the_same_logits_and_seed_give_the_tokens_of_python(node: RunNode) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, (40, 100)).astype(np.float32)

@@ -162,28 +162,26 @@ export class ChatModule {
     let finished = false;
     try {
       let started = now();
-      let logits;
+      let token;
       for (let at = sequences.length(seq); at < ids.length; at = sequences.length(seq)) {
         signal?.throwIfAborted();
         const piece = ids.slice(at, Math.min(at + chunk, at < keep ? keep : ids.length));
-        logits = await executor.forward(
-          sequences.batch([[seq, piece.length]]),
-          piece,
-          [piece.length - 1],
-        );
+        const tables = sequences.batch([[seq, piece.length]]);
+        const last = piece.length - 1;
+        if (at + piece.length < ids.length) await executor.forward(tables, piece, [last]);
+        else token = await executor.next(tables, piece, last, reply.sampler);
         if (at + piece.length === keep) sequences.keepState(seq);
       }
       reply.prefillSeconds = (now() - started) / 1000;
       started = now();
       for (;;) {
-        let text = reply.push(logits);
+        let text = reply.push(token);
         reply.decodeSeconds = (now() - started) / 1000;
         if (signal?.aborted && !reply.finishReason) text += reply.cancel();
         if (text) yield text;
         if (reply.finishReason) break;
         await breath(executor.library.onGpu);
-        const token = reply.tokens.at(-1);
-        logits = await executor.forward(sequences.batch([[seq, 1]]), [token], [0]);
+        token = await executor.next(sequences.batch([[seq, 1]]), [token], 0, reply.sampler);
       }
       finished = true;
     } catch (error) {
@@ -282,9 +280,8 @@ class Reply {
     Object.assign(this, { promptTokens: 0, reusedTokens: 0, prefillSeconds: 0, decodeSeconds: 0 });
   }
 
-  /** Chooses a token; returns the text that has become final with it. */
-  push(logits) {
-    const token = this.sampler.choose(logits);
+  /** Takes the next token; returns the text that has become final with it. */
+  push(token) {
     this.tokens.push(token);
     if (this.endTokens.has(token)) return this.end(this.decoder.finish(), "stop");
     let text = this.passOn(this.decoder.push([token]));

@@ -1,6 +1,7 @@
 // Runs steps of a compiled model: the only file that knows the order of `forward`'s arguments.
 
 import { ContextOverflowError, RequestError } from "./errors.js";
+import { BLOCK, FewLogits } from "./few_logits.js";
 
 /** A library with weights, a KV cache and the states of recurrent layers, ready for steps. */
 export class Executor {
@@ -13,6 +14,11 @@ export class Executor {
   constructor(library, params, pages, stateSlots = 0) {
     this.library = library;
     this.forwardFunction = library.function("forward");
+    if (library.onGpu) {
+      this.findPeaks = library.function("peaks");
+      this.findHighest = library.function("highest_blocks");
+      this.gather = library.function("gather_logits");
+    }
     const { kv_cache: cache, state, limits, vocab_size } = library.metadata;
     this.limits = limits;
     this.vocabSize = vocab_size;
@@ -38,6 +44,63 @@ export class Executor {
    * @throws {ContextOverflowError} more tokens than the library was compiled for
    */
   async forward(tables, inputIds, logitPositions) {
+    const logits = this.start(tables, inputIds, logitPositions);
+    try {
+      const [found] = await read(this.library, [logits]);
+      return found;
+    } finally {
+      logits.dispose();
+    }
+  }
+
+  /**
+   * Runs one step and chooses the token that follows one of its rows. Of a GPU's logits only those
+   * are read that the choice looks at.
+   *
+   * @param {number} position of the row
+   * @param {import("./sampling.js").Sampler} sampler
+   * @returns {Promise<number>}
+   * @throws as `forward` does, and {LibraryError} logits that are no finite numbers
+   */
+  async next(tables, inputIds, position, sampler) {
+    const { library } = this;
+    const logits = this.start(tables, inputIds, [position]);
+    try {
+      const wanted = library.onGpu ? sampler.blocksRead(Math.ceil(this.vocabSize / BLOCK)) : null;
+      const token = wanted && sampler.choose(await this.few(logits, wanted, sampler.vocabSize));
+      if (token !== null) return token;
+      const [row] = await read(library, [logits]);
+      return sampler.choose(row);
+    } finally {
+      logits.dispose();
+    }
+  }
+
+  /** Some blocks of one row of logits, which come from the GPU together. */
+  async few(logits, { largest, named }, vocabSize) {
+    const { library } = this;
+    const made = [];
+    const keep = (tensor) => made[made.push(tensor) - 1];
+    try {
+      const peaks = keep(run(library, this.findPeaks, logits));
+      const highest = keep(run(library, this.findHighest, peaks, new Array(largest).fill(0)));
+      keep(run(library, this.gather, logits, highest));
+      if (named.length) keep(run(library, this.gather, logits, named));
+      const [tops, numbers, ...pieces] = await read(library, made);
+      const found = new Map();
+      [numbers, named].forEach((blocks, i) =>
+        blocks.forEach((block, j) => {
+          found.set(block, pieces[i].subarray(j * BLOCK, (j + 1) * BLOCK));
+        }),
+      );
+      return new FewLogits(tops, found, vocabSize);
+    } finally {
+      for (const tensor of made) tensor.dispose();
+    }
+  }
+
+  /** Starts a step; its logits live until they are disposed of. */
+  start(tables, inputIds, logitPositions) {
     const { library, limits } = this;
     if (inputIds.length > limits.prefill_chunk_size) {
       throw new ContextOverflowError(
@@ -61,7 +124,7 @@ export class Executor {
       ...(tables.stateSources ? [tables.stateSources, tables.stateTargets] : []),
       logitPositions,
     ];
-    return call(library, this.forwardFunction, lists, [...this.cache, this.params]);
+    return run(library, this.forwardFunction, ...lists, ...this.cache, this.params);
   }
 
   dispose() {
@@ -98,7 +161,8 @@ export class TextExecutor {
       return ids.map((_, at) => offsets[i] + at);
     });
     const lists = [texts.flat(), positions, offsets, wanted.flat()];
-    const states = await call(library, this.embeddings, lists, [this.params]);
+    const tensor = run(library, this.embeddings, ...lists, this.params);
+    const [states] = await read(library, [tensor]).finally(() => tensor.dispose());
     const size = library.metadata.hidden_size;
     let row = 0;
     return wanted.map((rows) =>
@@ -112,28 +176,33 @@ export class TextExecutor {
   }
 }
 
-/** The result of a function of int32 lists and tensors, float32 and flat. */
-async function call(library, run, lists, tensors) {
+/** The result of a function of int32 lists and tensors; it lives until it is disposed of. */
+function run(library, compute, ...given) {
   const { tvm } = library;
   tvm.beginScope();
-  let result;
   try {
-    const inputs = lists.map((list) => {
-      const tensor = tvm.empty([list.length], "int32", library.device);
-      library.upload(tensor, new Uint8Array(Int32Array.from(list).buffer));
+    const inputs = given.map((value) => {
+      if (!Array.isArray(value)) return value;
+      const tensor = tvm.empty([value.length], "int32", library.device);
+      library.upload(tensor, new Uint8Array(Int32Array.from(value).buffer));
       return tensor;
     });
-    const found = run(...inputs, ...tensors);
-    const { shape, dtype } = found;
-    result = library.onGpu ? tvm.empty(shape, dtype, library.cpu).copyFrom(found) : found;
-    tvm.detachFromCurrentScope(result);
+    return tvm.detachFromCurrentScope(compute(...inputs));
   } finally {
     tvm.endScope();
   }
+}
+
+/** What tensors hold, flat, when all that was started before has been computed. */
+async function read(library, tensors) {
+  if (!library.onGpu) return tensors.map((tensor) => tensor.toArray());
+  const copies = [];
   try {
-    if (library.onGpu) await library.device.sync();
-    return result.toArray();
+    for (const { shape, dtype } of tensors) copies.push(library.empty(shape, dtype, library.cpu));
+    copies.forEach((copy, i) => copy.copyFrom(tensors[i]));
+    await library.device.sync();
+    return copies.map((copy) => copy.toArray());
   } finally {
-    result.dispose();
+    for (const copy of copies) copy.dispose();
   }
 }

@@ -5,7 +5,7 @@ import tvmjs from "@mlc-ai/web-runtime";
 import { DeviceError, LibraryError } from "./errors.js";
 
 // Counts changes of the contract between library and runtime (relaxlm/runtime/metadata.py).
-const CONTRACT = 6;
+const CONTRACT = 7;
 const DEVICES = ["wasm", "webgpu"];
 const METADATA_SECTION = "relaxlm";
 const MAGIC = "0,97,115,109,1,0,0,0";

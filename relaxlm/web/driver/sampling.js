@@ -1,6 +1,7 @@
 // Logits to token ids: the steps of relaxlm/runtime/sampling.py, in their order, in float64.
 
 import { LibraryError, RequestError } from "./errors.js";
+import { BLOCK, FewLogits } from "./few_logits.js";
 import { Random } from "./random.js";
 
 /** One reply in the making: its settings, its random numbers, and the tokens so far. */
@@ -32,19 +33,41 @@ export class Sampler {
   }
 
   /**
+   * The blocks of a row that are likely to be enough to choose from; null for the whole row.
+   *
+   * @param {number} blocks of the row
+   * @returns {{ largest: number, named: number[] } | null} how many with the largest peaks, and
+   *   those whose logits are adjusted or of which a part is padding
+   */
+  blocksRead(blocks) {
+    const { temperature, top_k } = this.settings;
+    const largest = temperature > 0 ? top_k : 1;
+    const named = new Set([...this.adjustedIds()].map((id) => Math.floor(id / BLOCK)));
+    if (this.vocabSize % BLOCK) named.add(Math.floor(this.vocabSize / BLOCK));
+    if (!largest || 4 * (largest + named.size) > blocks) return null;
+    return { largest, named: [...named] };
+  }
+
+  /**
    * Chooses the next token and records it.
    *
-   * @param {Float32Array} logits at least `vocabSize`
+   * @param {Float32Array | FewLogits} logits at least `vocabSize`, or some of them
+   * @returns {number | null} the token; null if few logits are not enough, and nothing has happened
    * @throws {LibraryError} logits that are no finite numbers
    */
   choose(logits) {
-    const { temperature } = this.settings;
-    const row = logits.subarray(0, this.vocabSize);
-    const best = checkedArgmax(row);
-    const values = this.adjusts ? this.adjusted(row) : row;
-    let token = best;
-    if (temperature > 0) token = draw(values, this.settings, this.random.uniform());
-    else if (this.adjusts) token = argmax(values);
+    const { temperature, top_k } = this.settings;
+    const few = logits instanceof FewLogits ? logits : null;
+    const row = few ? few.values : logits.subarray(0, this.vocabSize);
+    const id = (place) => (few ? few.id(place) : place);
+    const best = checkedArgmax(row, id);
+    const place = few ? (token) => few.place(token) : (token) => token;
+    const values = this.adjusts ? this.adjusted(row, place) : row;
+    if (few && !few.haveLargest(values, temperature > 0 ? top_k : 1)) return null;
+    let chosen = best;
+    if (temperature > 0) chosen = draw(values, this.settings, this.random.uniform());
+    else if (this.adjusts) chosen = argmax(values);
+    const token = id(chosen);
     this.counts.set(token, (this.counts.get(token) ?? 0) + 1);
     this.seen.add(token);
     return token;
@@ -56,19 +79,30 @@ export class Sampler {
     return this.bias.length > 0 || penalties;
   }
 
-  /** Bias and penalties, float64. */
-  adjusted(row) {
+  /** The ids whose logits bias and penalties change. */
+  adjustedIds() {
+    const { repetition_penalty, presence_penalty, frequency_penalty } = this.settings;
+    const ids = new Set(this.bias.map(([id]) => id));
+    if (repetition_penalty !== 1) this.seen.forEach((id) => ids.add(id));
+    if (presence_penalty || frequency_penalty) this.counts.forEach((_, id) => ids.add(id));
+    return ids;
+  }
+
+  /** Bias and penalties, float64; `place` gives that of an id in the row. */
+  adjusted(row, place) {
     const { repetition_penalty, presence_penalty, frequency_penalty } = this.settings;
     const values = Float64Array.from(row);
-    for (const [id, bias] of this.bias) values[id] += bias;
+    for (const [id, bias] of this.bias) values[place(id)] += bias;
     if (repetition_penalty !== 1) {
       for (const id of this.seen) {
-        if (values[id] > 0) values[id] /= repetition_penalty;
-        else values[id] *= repetition_penalty;
+        if (values[place(id)] > 0) values[place(id)] /= repetition_penalty;
+        else values[place(id)] *= repetition_penalty;
       }
     }
-    for (const [id, count] of this.counts) {
-      values[id] -= presence_penalty + frequency_penalty * count;
+    if (presence_penalty || frequency_penalty) {
+      for (const [id, count] of this.counts) {
+        values[place(id)] -= presence_penalty + frequency_penalty * count;
+      }
     }
     return values;
   }
@@ -84,11 +118,11 @@ function argmax(values) {
   return best;
 }
 
-function checkedArgmax(row) {
+function checkedArgmax(row, id) {
   const best = argmax(row);
   if (!Number.isFinite(row[best])) {
     throw new LibraryError(
-      `the model computed ${row[best]} for token ${best}: expected finite numbers. Check the ` +
+      `the model computed ${row[best]} for token ${id(best)}: expected finite numbers. Check the ` +
         "weights with `relaxlm verify`; if float16 is too narrow for this model, use a float32 preset",
     );
   }
