@@ -22,7 +22,9 @@ LANES = 32
 SIDES = MOST_THREADS // LANES
 _WITHOUT_SIGN = 0x7FFFFFFF
 _INFINITY_BITS = 0x7F800000
-_LEAST = -0x80000000
+_MINUS_INFINITY_BITS = 0xFF800000 - (1 << 32)
+# Below all that are no NaN; WGSL does not take the very least number as a constant.
+_LEAST = -0x7FFFFFFF
 # exp of less is 0 in float32.
 _SMALLEST = -104.0
 
@@ -135,7 +137,7 @@ def gather_kernel(vocab: int) -> tirx.PrimFunc:
         with grid([k], BLOCK) as (number, t):
             row, at = places[number] // blocks, places[number] % blocks * BLOCK + t
             bits = _bits(logits[row, T.min(at, vocab - 1)])
-            minus_infinity = T.int32(_LEAST | _INFINITY_BITS)
+            minus_infinity = T.int32(_MINUS_INFINITY_BITS)
             found = T.reinterpret(T.Select(at < vocab, bits, minus_infinity), dtype="float32")
             T.buffer_store(out, found, [number, t])
 
