@@ -40,11 +40,7 @@ def bare(reader: Reader, sink: Sink, mark: str, names: Collection[str]) -> Wait:
 
 def named(reader: Reader, sink: Sink, name: str) -> Wait:
     """GLM 4: a line with the function's name, and the arguments."""
-    yield from reader.skip_space()
-    if (yield from reader.peek()) != "{":
-        raise NotACall
-    sink.call(name)
-    yield from stream_object(reader, sink)
+    yield from _object(reader, sink, name)
 
 
 def by_name(reader: Reader, sink: Sink, end: str) -> Wait:
@@ -74,11 +70,9 @@ def _named_object(reader: Reader, sink: Sink) -> Wait:
     name = yield from json_string(reader)
     yield from reader.skip_space()
     yield from reader.expect(":")
-    yield from reader.skip_space()
-    if not name or (yield from reader.peek()) != "{":
+    if not name:
         raise NotACall
-    sink.call(name)
-    yield from stream_object(reader, sink)
+    yield from _object(reader, sink, name)
     yield from reader.skip_after_space("}")
 
 
@@ -96,11 +90,7 @@ def _hunyuan_call(reader: Reader, sink: Sink) -> Wait:
     name = yield from name_before(reader, "\n")
     yield from reader.skip_space()
     yield from reader.expect("```json")
-    yield from reader.skip_space()
-    if (yield from reader.peek()) != "{":
-        raise NotACall
-    sink.call(name)
-    yield from stream_object(reader, sink)
+    yield from _object(reader, sink, name)
     yield from reader.skip_after_space("```")
     yield from reader.skip_after_space("</tool_call>")
 
@@ -130,11 +120,8 @@ def mistral(reader: Reader, sink: Sink) -> Wait:
         yield from reader.skip_space()
         call_id = yield from name_before(reader, "[{ \n")
     yield from reader.skip_after_space("[ARGS]")
-    yield from reader.skip_space()
-    if (yield from reader.peek()) != "{":
-        raise NotACall
-    sink.call(name, call_id if call_id and len(call_id) == _ID_LENGTH else None)
-    yield from stream_object(reader, sink)
+    known = call_id if call_id and len(call_id) == _ID_LENGTH else None
+    yield from _object(reader, sink, name, known)
 
 
 def deepseek(reader: Reader, sink: Sink) -> Wait:
@@ -153,10 +140,7 @@ def _deepseek_call(reader: Reader, sink: Sink) -> Wait:
     if fenced:
         name = yield from name_before(reader, "\n")
         yield from reader.expect("\n```json\n")
-    if (yield from reader.peek()) != "{":
-        raise NotACall
-    sink.call(name)
-    yield from stream_object(reader, sink)
+    yield from _object(reader, sink, name)
     if fenced:
         yield from reader.skip_after_space("```")
     yield from reader.skip_after_space(DEEPSEEK_CALL_END)
@@ -179,13 +163,10 @@ def _kimi_call(reader: Reader, sink: Sink, ids: set[str]) -> Wait:
     call_id = reader.text[start : reader.pos]
     yield from reader.skip_space()
     yield from reader.expect(KIMI_ARGUMENTS)
-    yield from reader.skip_space()
-    if (yield from reader.peek()) != "{":
-        raise NotACall
     # The template writes the id again, behind the call and above its result.
-    sink.call(name.removeprefix("functions."), None if call_id in ids else call_id)
+    known = None if call_id in ids else call_id
     ids.add(call_id)
-    yield from stream_object(reader, sink)
+    yield from _object(reader, sink, name.removeprefix("functions."), known)
     yield from reader.skip_after_space(KIMI_CALL_END)
 
 
@@ -220,12 +201,21 @@ def function_tag(reader: Reader, sink: Sink) -> Wait:
     """<function=name>{..}</function>."""
     name = yield from name_before(reader, ">")
     yield from reader.expect(">")
+    yield from _object(reader, sink, name)
+    yield from reader.skip_after_space("</function>")
+
+
+def _object(reader: Reader, sink: Sink, name: str, call_id: str | None = None) -> Wait:
+    """A call with the object that follows as its arguments.
+
+    Raises:
+        NotACall: no object follows.
+    """
     yield from reader.skip_space()
     if (yield from reader.peek()) != "{":
         raise NotACall
-    sink.call(name)
+    sink.call(name, call_id)
     yield from stream_object(reader, sink)
-    yield from reader.skip_after_space("</function>")
 
 
 def name_before(reader: Reader, ends: str) -> Generator[None, None, str]:
