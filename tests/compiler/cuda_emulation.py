@@ -35,6 +35,8 @@ import tvm
 import tvm_ffi
 from tvm_ffi.libinfo import find_include_path
 
+from tests.compiler.global_functions import GlobalFunctions
+
 TARGET = {"kind": "cuda", "arch": "sm_80", "max_threads_per_block": 1024, "thread_warp_size": 32}
 CUDA = 2  # its number in DLPack
 ORDERS = {"forward": "0", "reverse": "1", "random": "7"}
@@ -77,22 +79,17 @@ class CudaEmulation:
     def __init__(self, order: str = "forward") -> None:
         self.order = order
         self.patch: Callable[[str], str] = lambda code: code  # applied to the generated C++
-        self._replaced: dict[str, Any] = {}
+        self._functions = GlobalFunctions()
         self._modules: list[Any] = []
 
     def __enter__(self) -> CudaEmulation:
-        self._replace("ffi.Module.create.cuda", self._create_module)
-        self._replace("__tvm_set_device", lambda device_type, device_id: None)
+        self._functions.replace("ffi.Module.create.cuda", self._create_module)
+        self._functions.replace("__tvm_set_device", lambda device_type, device_id: None)
         os.environ["CUDA_EMULATION_ORDER"] = ORDERS[self.order]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, function in self._replaced.items():
-            if function is None:
-                tvm_ffi.remove_global_func(name)
-            else:
-                tvm_ffi.register_global_func(name, function, override=True)
-        self._replaced.clear()
+        self._functions.restore()
         del os.environ["CUDA_EMULATION_ORDER"]
 
     def build(self, function: tvm.tirx.PrimFunc) -> Callable[..., None]:
@@ -122,10 +119,6 @@ class CudaEmulation:
     def tensor(self, array: np.ndarray) -> tvm.runtime.Tensor:
         """A copy of an array as a CUDA tensor, for the Relax VM."""
         return on_device(guarded(array), CUDA)
-
-    def _replace(self, name: str, function: Any) -> None:
-        self._replaced[name] = tvm_ffi.get_global_func(name, allow_missing=True)
-        tvm_ffi.register_global_func(name, function, override=True)
 
     def _create_module(self, code: bytes, format: str, functions: Any, source: Any) -> Any:
         """What TVM's CUDA runtime does with generated C++: make a module of it."""

@@ -23,6 +23,7 @@ import tvm_ffi
 from relaxlm.compiler.platforms import this_platform
 from relaxlm.compiler.target import resolve_device
 from tests.compiler.cuda_emulation import ORDERS, load, of_arrays
+from tests.compiler.global_functions import GlobalFunctions
 
 # In MSL, where a pointer points to is part of its type; C++ has one kind of memory.
 _SPACES = re.compile(r"\b(__global|__local|__private|device|constant|thread|threadgroup) ")
@@ -62,22 +63,17 @@ class GpuEmulation:
         self.sources: list[str] = []
         self._modules: list[Any] = []
         self._loaded: list[Any] = []
-        self._replaced: dict[str, Any] = {}
+        self._functions = GlobalFunctions()
 
     def __enter__(self) -> GpuEmulation:
         create = {"metal": self._create_metal, "opencl": self._create_opencl}[self.kind]
-        self._replace(f"ffi.Module.create.{self.kind}", create)
-        self._replace("__tvm_set_device", lambda device_type, device_id: None)
+        self._functions.replace(f"ffi.Module.create.{self.kind}", create)
+        self._functions.replace("__tvm_set_device", lambda device_type, device_id: None)
         os.environ["CUDA_EMULATION_ORDER"] = ORDERS[self.order]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, function in self._replaced.items():
-            if function is None:
-                tvm_ffi.remove_global_func(name)
-            else:
-                tvm_ffi.register_global_func(name, function, override=True)
-        self._replaced.clear()
+        self._functions.restore()
         del os.environ["CUDA_EMULATION_ORDER"]
 
     def build_all(self, functions: Sequence[tvm.tirx.PrimFunc]) -> list[Callable[..., None]]:
@@ -92,10 +88,6 @@ class GpuEmulation:
             compiled = tvm.compile(module, target=device.tvm_target()).mod
         self._modules.append(compiled)  # a function does not keep its module's library loaded
         return [of_arrays(compiled[name], self.device.dlpack_device_type()) for name in named]
-
-    def _replace(self, name: str, function: Callable) -> None:
-        self._replaced[name] = tvm_ffi.get_global_func(name, allow_missing=True)
-        tvm_ffi.register_global_func(name, function, override=True)
 
     def _create_metal(self, codes: Any, format: str, functions: Any, source: Any) -> Any:
         """A module of Metal's kernels, each of which TVM writes into a text of its own."""
