@@ -88,16 +88,14 @@ class ZigLinker:
         return library
 
 
-# Undefined symbols are looked up when the library is loaded.
+# Undefined symbols are looked up when the library is loaded. Linux' C library is in every process
+# that runs TVM; to link with it, zig would compile parts of one first, for half a minute.
+_WITHOUT_C = ("-nostdlib", "-Wl,--allow-shlib-undefined", "-fno-sanitize=all")
 _OPTIONS = {
+    "linux": _WITHOUT_C,
     "darwin": ("-Wl,-undefined,dynamic_lookup",),
     # zig has no C library of Android. Pages of 16 KB are what Google Play asks for.
-    "android": (
-        "-nostdlib",
-        "-Wl,-z,max-page-size=16384",
-        "-Wl,--allow-shlib-undefined",
-        "-fno-sanitize=all",
-    ),
+    "android": (*_WITHOUT_C, "-Wl,-z,max-page-size=16384"),
 }
 
 

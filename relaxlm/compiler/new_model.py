@@ -6,16 +6,15 @@ file refuses it until somebody has settled it.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from relaxlm import models
 from relaxlm.errors import ConfigError, RelaxLMError
-from relaxlm.models.base import CausalLM
 from relaxlm.models.config import WITHOUT_EFFECT, DecoderConfig
-from relaxlm.models.weights import found_in
+from relaxlm.models.weights import ParameterSpec, found_in
 
 # Other names of our fields, besides those that some family of relaxlm spells so.
 FIELDS = {
@@ -273,11 +272,16 @@ def _read(
 
 def patterns(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
     """Names with `*` for numbers, of the layers that are compared."""
-    return {
-        ".".join("*" if part.isdigit() else part for part in name.split(".")): shape
-        for name, shape in shapes
-        if not _layers(name) or _layers(name)[0] < _COMPARED_LAYERS
-    }
+    found = {}
+    for name, shape in shapes:
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        if numbers and int(parts[numbers[0]]) >= _COMPARED_LAYERS:
+            continue
+        for i in numbers:
+            parts[i] = "*"
+        found[".".join(parts)] = shape
+    return found
 
 
 def _compare_tensors(
@@ -302,13 +306,16 @@ def _compare_tensors(
         for name, shape in patterns(tensors.items()).items()
         if not any(glob.fullmatch(name) for glob in ignored)
     }
-    expected = _expected(instance, tensors)
+    expected = _expected(specs, tensors)
     result.renamed = renamed_parts(
         {name: shape for name, shape in expected.items() if name not in found},
         {name: shape for name, shape in found.items() if name not in expected},
     )
-    names = {**model.checkpoint_names, **result.renamed}
-    drafted = _expected(type("Drafted", (model,), {"checkpoint_names": names})(config), tensors)
+    drafted = expected
+    if result.renamed:
+        names = {**model.checkpoint_names, **result.renamed}
+        renamed = type("Drafted", (model,), {"checkpoint_names": names})(config)
+        drafted = _expected(renamed.parameter_specs(), tensors)
     result.absent_tensors = {n: shape for n, shape in drafted.items() if n not in found}
     result.unused_tensors = {n: shape for n, shape in found.items() if n not in drafted}
     same, meet = set(expected) & set(found), set(drafted) & set(found)
@@ -316,9 +323,10 @@ def _compare_tensors(
     return (0.2 * len(same) + 0.8 * len(meet)) / len(set(drafted) | set(found))
 
 
-def _expected(model: CausalLM, tensors: Shapes) -> dict[str, tuple[int, ...]]:
-    specs = found_in(model.parameter_specs(), tensors)
-    return patterns((source.name, source.shape) for spec in specs for source in spec.sources)
+def _expected(specs: Sequence[ParameterSpec], tensors: Shapes) -> dict[str, tuple[int, ...]]:
+    return patterns(
+        (source.name, source.shape) for spec in found_in(specs, tensors) for source in spec.sources
+    )
 
 
 def _as_regex(glob: str) -> str:
