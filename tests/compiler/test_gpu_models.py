@@ -12,6 +12,7 @@ import pytest
 
 from relaxlm import models
 from relaxlm.compiler import build
+from relaxlm.compiler.kernels import gpu_attention
 from relaxlm.compiler.plain_gpu import refuse_for_plain_gpu
 from relaxlm.compiler.platforms import this_platform
 from relaxlm.compiler.target import resolve_device
@@ -128,7 +129,11 @@ ATTENTION = {
 
 @needs_compiler
 @pytest.mark.parametrize("family", ATTENTION)
-def test_attention_of_families_is_that_of_the_cpu(emulated: Callable, family: str) -> None:
+def test_attention_of_families_is_that_of_the_cpu(
+    emulated: Callable, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    # Even contexts of a few tokens are cut into parts, one per page.
+    monkeypatch.setattr(gpu_attention, "PART_TOKENS", 16)
     raw, preset = ATTENTION[family], "q0f32"
     params, rng = random_parameters(raw, get_scheme(preset)), np.random.default_rng(6)
     # In tiles of rows, then token by token.
