@@ -22,7 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from relaxlm.compiler.kernels.builder import emit, tensor
 from relaxlm.compiler.kernels.gpu_tiles import length, meet, private, put, shared
 from relaxlm.compiler.kernels.stored import StoredMatrix
-from relaxlm.compiler.kernels.workgroup import add_up, grid, when
+from relaxlm.compiler.kernels.workgroup import grid, reduce, when
 from relaxlm.quantization.groupwise import GroupQuant
 
 # Rows per expert, on average, up to which each row is multiplied by itself.
@@ -282,7 +282,7 @@ def expert_kernel(
                         put(sums, sums[i] + product[0] * scale(expert, place, at), i)
             for i in range(EACH):
                 put(met[i], sums[i], t)
-            add_up(met, t, lane, LANES)
+            reduce(met, t, lane, LANES)
             with when(lane == 0):
                 for i in range(EACH):
                     with when(column(i) < n):
