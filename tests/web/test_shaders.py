@@ -14,10 +14,19 @@ from relaxlm.compiler.kernels import (
     gpu_encoder_attention,
     gpu_experts,
     gpu_latent_attention,
+    gpu_logits,
+    gpu_matmul,
+    gpu_rope,
     gpu_routing,
+    gpu_rows,
 )
 from relaxlm.compiler.kernels.attention import PAGE_SIZE, AttentionShape
 from relaxlm.compiler.kernels.cpu_latent_attention import LatentShape
+from relaxlm.compiler.kernels.gpu_activations import ACTIVATIONS
+from relaxlm.compiler.kernels.product import Product
+from relaxlm.compiler.kernels.rope import RopeOptions
+from relaxlm.compiler.kernels.row_expression import Activation, Binary, Matrix, Norm, Vector
+from relaxlm.compiler.kernels.row_expression import Input as Given
 from relaxlm.compiler.target import GPU_LIMITS
 from relaxlm.quantization.kv_cache import KV_FORMATS
 from relaxlm.quantization.schemes import SCHEMES
@@ -76,6 +85,42 @@ LATENT = {
 EXPERTS = {"q4f16_1": (128, 1536, 2048, 8), "q4f32_1": (300, 70, 90, 3)}
 
 
+# Products: a preset, the shape, and what is done to the result.
+PRODUCTS = [
+    ("q4f16_1", (2048, 1024), {"bias": "float16", "residual": True}),
+    ("q4f16_1", (16384, 1000), {"out_dtype": "float32"}),
+    ("q4f16_0", (2 * 700, 512), {"activation": "silu"}),
+    ("q3f16_0", (512, 1030), {}),
+    ("q4f32_1", (2 * 512, 2048), {"activation": "gelu"}),
+    ("q0f32", (512, 770), {"residual": True}),
+]
+
+
+def layer_kernels(dtype: str) -> dict[str, tirx.PrimFunc]:
+    """What stands around attention in a layer, and the logits of a step."""
+    kernels = {}
+    for i, (preset, shape, more) in enumerate(PRODUCTS):
+        scheme = SCHEMES[preset]
+        if scheme.dtype == dtype:
+            plain = {"out_dtype": dtype, **more}
+            product = Product(shape, scheme.linear, dtype, dtype, **plain)
+            kernels[f"product{i}"] = gpu_matmul.product_kernel(product)
+    dim, places = 136, ((0, 0), (0, 8 * 136), (0, 10 * 136))
+    options = RopeOptions((12 * dim,), places, (None,), dtype, 1e-6, turned=dim, dtype=dtype)
+    shape = AttentionShape(8, 2, dim, 0, 0, 0.0)
+    kernels["rope"] = gpu_rope.rope_append_kernel(shape, KV_FORMATS[dtype], options)
+    value = Binary("add", Matrix(0), Matrix(1))
+    norm = Norm("layer", 1e-5, Vector(2), Vector(3))
+    given = (Given(5000, dtype),) * 2 + (Given(5000, dtype, True),) * 2
+    kernels["norm"] = gpu_rows.row_kernel(5000, given, value, norm, True, dtype)
+    for name in ACTIVATIONS:
+        value = Binary("multiply", Activation(name, Matrix(0)), Matrix(1))
+        kernels[name] = gpu_rows.row_kernel(70, given[:2], value, None, False, dtype)
+    for kernel in ("peaks", "weigh", "gather", "highest"):
+        kernels[f"{kernel}_logits"] = getattr(gpu_logits, f"{kernel}_kernel")(151936)
+    return kernels
+
+
 @pytest.fixture(scope="module", params=ATTENTION)
 def texts(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
     """A dtype, and the text of its kernels."""
@@ -101,7 +146,7 @@ def texts(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
                 kernels[name] = gpu_experts.expert_kernel(
                     (experts, *matrix), linear, dtype, dtype, each, each
                 )
-    return dtype, shaders(kernels)
+    return dtype, shaders({**kernels, **layer_kernels(dtype)})
 
 
 def test_kernels_keep_to_the_limits_of_every_device(texts: tuple[str, list[str]]) -> None:
@@ -109,7 +154,10 @@ def test_kernels_keep_to_the_limits_of_every_device(texts: tuple[str, list[str]]
     # Few tokens, their parts, what merges these, many tokens; and the view. Latents: without many
     # tokens; and three sizes of products. Texts and their view; routing; three steps of a plan for
     # each size of tiles; rows alone, and in tiles.
-    assert len(codes) == 2 * (4 + 1) + 3 + 3 + 2 + 2 + 2 * 3 + 2 * (1 + 2)
+    count = 2 * (4 + 1) + 3 + 3 + 2 + 2 + 2 * 3 + 2 * (1 + 2)
+    # Three for each product: one row, few, and many.
+    products = sum(SCHEMES[preset].dtype == dtype for preset, *_ in PRODUCTS)
+    assert len(codes) == count + 3 * products + 2 + len(ACTIVATIONS) + 4
     for code in codes:
         arrays = re.findall(r"^var<workgroup> \w+ : array<(\w+), (\d+)>;", code, re.M)
         assert len(arrays) == code.count("var<workgroup>")
