@@ -46,6 +46,7 @@ from relaxlm.errors import UnsupportedError
 from relaxlm.files import format_bytes
 from relaxlm.models.config import DecoderConfig
 from relaxlm.quantization.schemes import Scheme
+from relaxlm.runtime.decode_steps import most_sequences
 from relaxlm.runtime.metadata import (
     CONTRACT,
     CacheInfo,
@@ -245,7 +246,7 @@ def _lower(
         options.act_quant,
         options.batch_invariant,
         device.shared_memory,
-        options.max_batch_size if options.cuda_graph else 0,
+        most_sequences(options.max_batch_size) if options.cuda_graph else 0,
     )
     bounds = _bounds(options, config)
     instruments = []
@@ -257,7 +258,7 @@ def _lower(
         module = tvm.transform.Sequential(lowering_passes(lowering))(module)
         module = _bound_shapes(module, bounds)
         module = tvm.transform.Sequential(memory_passes())(module)
-        temporary = _temporary_bytes(module, bounds)
+        temporary = _temporary_bytes(module)
         if device.kernels == "cpu":
             # Browsers run all of a step on one thread.
             threads = 1 if device.kind == "wasm" else usable_cores()
@@ -381,7 +382,7 @@ def _metadata(
     )
 
 
-def _temporary_bytes(module: tvm.IRModule, bounds: Mapping[str, int]) -> dict[str, int]:
+def _temporary_bytes(module: tvm.IRModule) -> dict[str, int]:
     """Bytes of storage that the memory plan gives each function, at the largest lengths."""
     sizes: dict[str, int] = {}
     alloc = tvm.ir.Op.get("relax.memory.alloc_storage")
@@ -390,7 +391,8 @@ def _temporary_bytes(module: tvm.IRModule, bounds: Mapping[str, int]) -> dict[st
             continue
         total = 0
         symbols = {var.name for var in relax.analysis.defined_symbolic_vars(function)}
-        largest = {name: size for name, size in bounds.items() if name in symbols}
+        bounds = function.attrs[UPPER_BOUND].items()
+        largest = {name: int(size) for name, size in bounds if name in symbols}
 
         def visit(expr: relax.Expr) -> None:
             nonlocal total

@@ -18,10 +18,19 @@ from relaxlm.runtime.step_tables import BatchTables
 
 # The function's name; `decode_storage` makes its buffers.
 DECODE = "decode"
+# With more sequences kernels take longer, so that launching them counts for less, and the buffer of
+# logits is large.
+_MOST_SEQUENCES = 64
 # The shortest table of pages: of contexts that attention does not cut in any case.
 LEAST_PAGES = 16
 # Among a step's arrays, behind the token ids.
+_ROW_OFFSETS = 1 + BatchTables._fields.index("row_offsets")
 _PAGE_IDS = 1 + BatchTables._fields.index("page_ids")
+
+
+def most_sequences(max_batch_size: int) -> int:
+    """Of a step that can be a graph, for a library of that limit."""
+    return min(max_batch_size, _MOST_SEQUENCES)
 
 
 class DecodeSteps:
@@ -41,12 +50,23 @@ class DecodeSteps:
         limits = metadata.limits
         self._run = machine[DECODE]
         self._rest = (*rest, machine[f"{DECODE}_storage"]())
-        pages = -(-limits.context_window_size // metadata.kv_cache.page_size)
-        self._most_pages = limits.max_batch_size * pages
-        longest = [limits.max_batch_size + 1] * (len(BatchTables._fields) + 2) + [self._most_pages]
+        self._most = most_sequences(limits.max_batch_size)
+        self._most_pages = self._most * -(
+            -limits.context_window_size // metadata.kv_cache.page_size
+        )
+        longest = [self._most + 1] * (len(BatchTables._fields) + 2) + [self._most_pages]
         self._inputs = SharedInputs(device, SharedInputs.needed(longest))
         self.graphs = CudaGraphs(device)
         self.by_graphs = True
+
+    def can_run(self, arrays: Sequence[np.ndarray]) -> bool:
+        """Whether a step has one token, and one row of logits, for each of not too many sequences.
+
+        Args:
+            arrays: as for `logits`.
+        """
+        sequences = len(arrays[_ROW_OFFSETS]) - 1
+        return len(arrays[0]) == len(arrays[-1]) == sequences <= self._most
 
     def logits(self, arrays: Sequence[np.ndarray]) -> Any:
         """Run one step.

@@ -220,8 +220,7 @@ class Executor:
                 self._decode.by_graphs = True
 
     def _logits(self, arrays: Sequence[np.ndarray]) -> Any:
-        input_ids, offsets, rows = arrays[0], arrays[_ROW_OFFSETS], arrays[-1]
-        if self._decode is not None and len(input_ids) == len(offsets) - 1 == len(rows):
+        if self._decode is not None and self._decode.can_run(arrays):
             return self._decode.logits(arrays)
         return self._forward(*self._inputs(arrays), *self._cache, self._params)
 
@@ -273,7 +272,6 @@ class Executor:
 
 
 _TABLES_OF_PAGES = BatchTables._fields.index("state_sources")
-_ROW_OFFSETS = 1 + BatchTables._fields.index("row_offsets")  # behind the token ids
 _NUMPY_BITS = {"bfloat16": "uint16"}
 # Up to so many numbers, a list's min and max are faster: between two steps NumPy's code has left
 # the processor's caches.

@@ -6,33 +6,33 @@ below the driver's functions is not real.
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from relaxlm import models
-from relaxlm.compiler.build import compile_model
-from relaxlm.compiler.options import CompileOptions
-from relaxlm.compiler.target import resolve_device
+from relaxlm import Engine
+from relaxlm.compiler.request import CompileRequest
 from relaxlm.errors import LibraryError
-from relaxlm.quantization.schemes import get_scheme
 from relaxlm.runtime import cuda, tvm_runtime
 from relaxlm.runtime.cuda_graphs import CudaGraphs
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.library import Library
 from relaxlm.runtime.page_pool import PagePool
+from relaxlm.runtime.params import WeightFolder
 from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.step_tables import BatchTables
 from tests.compiler import fake_cuda
 from tests.numpy_llama import llama_logits
 from tests.reference import relative_error
 from tests.tiny_model import CONFIG as TINY
+from tests.tiny_model import VOCAB, TinyModel
 
-VOCAB, PAGES = 80, 64
+PAGES = 64
 CONFIG = {
     **TINY,
-    "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_attention_heads": 2,
@@ -42,49 +42,33 @@ IDS = np.random.default_rng(7).integers(0, VOCAB, 400).astype("int32")
 
 
 @pytest.fixture(scope="module")
-def weights() -> dict[str, np.ndarray]:
-    """The checkpoint's."""
-    rng = np.random.default_rng(4)
-    return {
-        source.name: rng.uniform(0.5, 1.5, source.shape).astype("float32")
-        if "norm" in source.name
-        else rng.normal(0, 0.08, source.shape).astype("float32")
-        for spec in models.parameter_specs(models.load_config(CONFIG))
-        for source in spec.sources
-    }
-
-
-def stored(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The library's parameters."""
-    result = {}
-    for spec in models.parameter_specs(models.load_config(CONFIG)):
-        parts = [source.values(weights[source.name]) for source in spec.sources]
-        joined = np.concatenate([part.reshape(-1) for part in parts])
-        result[spec.name] = joined.reshape(spec.shape)
-    return result
+def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return TinyModel.make(tmp_path_factory.mktemp("model"), CONFIG)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+def library(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Library:
     assert [gpu.name for gpu in cuda.gpus()] == ["Fake GPU"]
     folder = tmp_path_factory.mktemp("library")
-    config, scheme = models.load_config(CONFIG), get_scheme("q0f32")
-    options = CompileOptions.resolve(config, scheme, None, None, "cuda_graph=1")
+    request = CompileRequest.read(
+        model.folder, device="cuda:sm_80", opt="cuda_graph=1", overrides="max_batch_size=7"
+    )
     with fake_cuda.kernels_on_the_cpu(folder):
-        built = compile_model(config, CONFIG, scheme, resolve_device("cuda", "sm_80"), options)
-        built.save(folder / "model.so")
+        request.compile().save(folder / "model.so")
+    library = Library.load(folder / "model.so")
     # Steps of replies have buffers for a batch of tokens, not for a chunk of a prompt.
-    temporary = built.metadata.memory.temporary
+    temporary = library.metadata.memory.temporary
     assert 0 < temporary["decode"] < temporary["forward"] / 4
-    assert built.metadata.step_bytes == temporary["decode"] + temporary["forward"]
-    return Library.load(folder / "model.so")
+    assert library.metadata.step_bytes == temporary["decode"] + temporary["forward"]
+    return library
 
 
 class Session:
     """An executor, its sequences, and the tokens that each of them has."""
 
-    def __init__(self, library: Library, weights: dict[str, np.ndarray]) -> None:
-        self.executor = Executor.from_arrays(library, stored(weights), PAGES)
+    def __init__(self, library: Library, model: TinyModel) -> None:
+        self.model = model
+        self.executor = Executor(library, WeightFolder(model.folder), PAGES)
         assert self.executor._decode is not None
         self.decode = self.executor._decode
         self.graphs = self.decode.graphs
@@ -122,19 +106,18 @@ class Session:
         inputs = executor._inputs((ids, *tables[: executor._tables], rows))
         return executor._forward(*inputs, *executor._cache, executor._params).numpy()
 
-    def reference(self, weights: dict[str, np.ndarray], seq: int) -> np.ndarray:
-        return llama_logits(weights, CONFIG, np.array(self.texts[seq]))[-1]
+    def reference(self, seq: int) -> np.ndarray:
+        return llama_logits(self.model.weights, CONFIG, np.array(self.texts[seq]))[-1]
 
 
 @pytest.fixture
-def session(library: Library, weights: dict[str, np.ndarray]) -> Iterator[Session]:
-    yield Session(library, weights)
+def session(library: Library, model: TinyModel) -> Iterator[Session]:
+    yield Session(library, model)
     assert fake_cuda.counted("refused") == 0
 
 
-def test_graphs_give_the_logits_of_single_launches(  # see `Session.step`
-    session: Session, weights: dict[str, np.ndarray]
-) -> None:
+def test_graphs_give_the_logits_of_single_launches(session: Session) -> None:
+    """`Session.step` compares them."""
     a, b = session.sequences.add(), session.sequences.add()
     session.step((a, 29), (b, 45))
     before = fake_cuda.counted("graph launches")
@@ -145,7 +128,7 @@ def test_graphs_give_the_logits_of_single_launches(  # see `Session.step`
         session.step((a, 1))
     assert fake_cuda.counted("graph launches") - before == 3
     logits = session.step((a, 1))
-    assert relative_error(logits[0], session.reference(weights, a)) < 2e-6
+    assert relative_error(logits[0], session.reference(a)) < 2e-6
     # Other batches: 3 and 7 pages, and 5 x 4 and 3 of them, for which attention has parts and a
     # second kernel, in an order that changes.
     others = [session.fork(b) for _ in range(4)]
@@ -154,7 +137,7 @@ def test_graphs_give_the_logits_of_single_launches(  # see `Session.step`
         batch = [a, b, *others][turn:] + [a, b, *others][:turn]
         logits = session.step(*((seq, 1) for seq in batch))
     for row, seq in zip(logits, batch, strict=True):
-        assert relative_error(row, session.reference(weights, seq)) < 2e-6
+        assert relative_error(row, session.reference(seq)) < 2e-6
     keys = set(session.graphs._graphs)
     assert keys == {(1, 16), (2, 16), (6, 32)} and session.graphs.recorded == 3
     session.sequences.free(b)
@@ -162,7 +145,7 @@ def test_graphs_give_the_logits_of_single_launches(  # see `Session.step`
     session.step((c, 20))  # in pages that were another's
     for _ in range(2):
         logits = session.step((c, 1), (a, 1))
-    assert relative_error(logits[0], session.reference(weights, c)) < 2e-6
+    assert relative_error(logits[0], session.reference(c)) < 2e-6
     assert session.graphs.recorded == 3
 
 
@@ -209,6 +192,31 @@ def test_graphs_are_made_again_when_scratch_memory_has_moved(session: Session) -
     assert fake_cuda.counted("allocations") == allocations + 1
     give_back(2, 0, second)
     give_back(2, 0, first)
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 3},  # by sums of weights
+    {"temperature": 0.9, "top_p": 0.9, "seed": 5},
+]
+
+
+def test_an_engine_writes_what_it_writes_on_a_cpu(library: Library, model: TinyModel) -> None:
+    def replies(path: Path) -> list[str | None]:
+        def ask(engine: Engine, i: int) -> str | None:
+            messages = [{"role": "user", "content": "hi " * (i + 1)}]
+            reply = engine.chat.completions.create(
+                messages=messages, max_tokens=8, **REQUESTS[i % len(REQUESTS)]
+            )
+            return reply.choices[0].message.content
+
+        with Engine(str(model.folder), model_lib=str(path)) as engine:
+            with ThreadPoolExecutor(4) as threads:
+                return list(threads.map(lambda i: ask(engine, i), range(4)))
+
+    before = fake_cuda.counted("graph launches")
+    assert replies(library.path) == replies(model.library)
+    assert fake_cuda.counted("graph launches") > before
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ class AddDecode:
     """The pass.
 
     Args:
-        rows: tokens that a step may have.
+        rows: tokens and sequences that a step may have.
     """
 
     def __init__(self, rows: int) -> None:
@@ -31,7 +31,8 @@ class AddDecode:
             return mod
         forward = mod["forward"]
         decode = relax.utils.copy_with_new_vars(forward).with_attr("global_symbol", DECODE)
-        tokens = decode.params[0].ty.shape[0]
+        # Tokens, sequences and rows of logits.
+        bounds = {length: self.rows for length in ("n", "b", "m")}
         builder = relax.BlockBuilder(mod)
-        builder.add_func(decode.with_attr(UPPER_BOUND, {tokens.name: self.rows}), DECODE)
+        builder.add_func(decode.with_attr(UPPER_BOUND, bounds), DECODE)
         return builder.finalize()
