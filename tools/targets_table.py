@@ -55,7 +55,7 @@ ROWS = (
     Row("macos-x86_64", "symbols", NO_WHEEL),
     Row("windows-x86_64", "symbols", WHEEL),
     Row("ios", "archive", "an app with TVM's runtime linked in"),
-    Row("cuda:sm_80,sm_90", "kernels in emulation, and by nvcc", f"{WHEEL}, libcudart 13"),
+    Row("cuda:sm_80,sm_90", "replies on a stand-in for the driver; nvcc", f"{WHEEL}, libcudart 13"),
     Row("metal", "logits in emulation", f"{WHEEL}, on macOS on ARM"),
     Row("metal:ios", "none", "an app with TVM's runtime linked in"),
     Row("opencl", "logits in emulation", f"{NO_WHEEL}; an OpenCL driver"),
