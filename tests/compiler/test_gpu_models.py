@@ -26,7 +26,15 @@ from tests import reference
 from tests.compiler.cuda_emulation import needs_compiler
 from tests.compiler.gpu_emulation import GpuEmulation, has_opencl_driver
 from tests.compiler.test_cuda_model_logits import FAMILIES, random_parameters
-from tests.models import parity, test_alibi, test_encoders, test_gpt_oss, test_moe_2
+from tests.models import (
+    parity,
+    test_alibi,
+    test_deepseek,
+    test_encoders,
+    test_gpt_oss,
+    test_llama4,
+    test_moe_2,
+)
 from tests.models.parity import Compiled, tiny_config
 
 IDS = np.random.default_rng(5).integers(0, parity.VOCAB, 7)
@@ -124,6 +132,16 @@ def test_logits_are_those_of_the_cpu(
 
 ATTENTION = {
     "alibi": test_alibi.mpt(n_layers=1),
+    "latents": {
+        **test_deepseek.VARIANTS["v3"],
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 0,
+    },
+    "chunks": {
+        **test_llama4.VARIANTS["scout"],
+        "num_hidden_layers": 1,
+        "attention_chunk_size": 11,
+    },
 }
 
 
