@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from relaxlm.engine.grammar import GrammarSpec
@@ -29,6 +29,9 @@ REASONING: Mapping[str, ReasoningTags] = {
     "inner": ReasoningTags("<|inner_prefix|>", "<|inner_suffix|>"),
     "channel": ReasoningTags("<|channel>thought\n", "<channel|>"),
 }
+# What stands around the answer behind reasoning, where templates speak of it: those of Hunyuan and
+# of Granite 3.3.
+_ANSWERS = (("<answer>", "</answer>"), ("<response>", "</response>"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class ReplyFormat:
         if request is not None:
             needed.update(self.tools.tokens)
         if self.reasoning is not None:
-            needed.update((self.reasoning.begin, self.reasoning.end))
+            needed.update(self.reasoning.texts)
         return frozenset(i for text, i in self.special.items() if text in needed)
 
     def grammar(
@@ -149,7 +152,7 @@ def reply_format(
     tags = _reasoning(source, tokenizer, reasoning)
     if chosen.name == "harmony":
         tags = None
-    texts = [*chosen.tokens, *([] if tags is None else [tags.begin, tags.end])]
+    texts = [*chosen.tokens, *([] if tags is None else tags.texts)]
     special = {
         text: token
         for text in texts
@@ -166,11 +169,16 @@ def _reasoning(source: str, tokenizer: Tokenizer, name: str | None) -> Reasoning
             raise ConfigError(
                 f"reasoning format {name!r} is not known; there are none, {', '.join(REASONING)}"
             )
-        return REASONING[name]
+        return _with_answer(REASONING[name], source)
     for tags in REASONING.values():
         # Templates spell a line end in their own ways. Some models reason whose template says
         # nothing of it; their vocabulary does.
         begin = tags.begin.rstrip()
         if begin in source or tags.end in source or tokenizer.token_to_id(begin) is not None:
-            return tags
+            return _with_answer(tags, source)
     return None
+
+
+def _with_answer(tags: ReasoningTags, source: str) -> ReasoningTags:
+    around = (pair for pair in _ANSWERS if all(text in source for text in pair))
+    return replace(tags, answer=next(around, None))

@@ -13,10 +13,16 @@ CallReader = Callable[[Reader, Sink, str], Wait]
 
 @dataclass(frozen=True)
 class ReasoningTags:
-    """The text in front of a model's chain of thought, and behind it."""
+    """The text in front of a model's chain of thought, and behind it; and around the answer that
+    follows, if a model marks that, too."""
 
     begin: str
     end: str
+    answer: tuple[str, str] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.begin, self.end, *(self.answer or ()))
 
 
 class ReplyParser:
@@ -72,19 +78,29 @@ def read_reply(
         on_lines: they do so at the beginning of a line only, behind white space at most.
         in_reasoning: they also do so in the reasoning, which ends there.
     """
+    answer_end = None
     if reasoning is not None:
         ends = marks if in_reasoning else ()
         yield from _read_reasoning(reader, sink, reasoning, inside, ends)
+        if reasoning.answer and sink.has_reasoning:
+            begin, end = reasoning.answer
+            if (yield from reader.skip_after_space(begin)):
+                answer_end = end
     new_line = True
     while True:
         reader.forget()
-        before, mark = yield from reader.until(marks)
+        ends = () if answer_end is None else (answer_end,)
+        before, mark = yield from reader.until([*marks, *ends])
         sink.content(before)
         _, line_end, line = before.rpartition("\n")
         new_line = (new_line or bool(line_end)) and not line.strip()
         if mark is None:
             if not before:
                 return
+            continue
+        if mark == answer_end:
+            sink.drop_space()
+            answer_end = None
             continue
         start = reader.pos
         try:

@@ -44,6 +44,7 @@ class Sink:
         self._calls: list[_Call] = []
         self._space = ""  # of the content, not passed on yet
         self._reasoning_space = ""
+        self._has_reasoning = False
         self._trimmed = False  # whether something came before the content's first text
         self._call_is_last = False
 
@@ -59,7 +60,17 @@ class Sink:
         self._content.append(kept)
         self._deltas.append(Delta(content=kept))
 
+    def drop_space(self) -> None:
+        """Drop white space behind the content, unless more was passed on."""
+        self._space = ""
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether the reply has begun with reasoning, be it empty."""
+        return self._has_reasoning
+
     def reasoning(self, text: str) -> None:
+        self._has_reasoning = True
         self._trimmed = True
         text = self._reasoning_space + text
         kept = text.rstrip()

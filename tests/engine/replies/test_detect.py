@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from relaxlm.engine.replies import ReplyFormat, reply_format
+from relaxlm.engine.replies.detect import REASONING
 from relaxlm.engine.replies.formats import FORMATS
 from relaxlm.engine.replies.harmony import TOKENS as HARMONY_TOKENS
 from relaxlm.errors import ConfigError
@@ -47,6 +48,32 @@ def test_what_is_detected_can_be_set() -> None:
         detected("", tools="x")
     with pytest.raises(ConfigError, match="reasoning format 'x' is not known; there are none, th"):
         detected("", reasoning="x")
+
+
+@pytest.mark.parametrize("tag", ["answer", "response"])
+@pytest.mark.parametrize("with_tools", [True, False])
+def test_marks_around_an_answer_are_no_part_of_it(tag: str, with_tools: bool) -> None:
+    begin, end = f"<{tag}>", f"</{tag}>"
+    found = detected(f"<tool_call> <think></think> {begin}{end}")
+
+    def read(text: str) -> tuple[str | None, str | None]:
+        message = parsed(found.parser(request() if with_tools else None), list(text))
+        return message.reasoning_content, message.content
+
+    assert read(f"<think>\nhm\n</think>\n{begin}\nYes {end[:3]}\n{end}") == (
+        "hm",
+        f"Yes {end[:3]}",
+    )
+    assert read(f"<think>\n\n</think>{begin}Yes, {end}{end} x") == (None, f"Yes,{end} x")
+    assert read(f"<think>hm</think>{begin}Yes") == ("hm", "Yes")
+    for text in (f"{begin}Yes{end}", f"x {begin}Yes{end}"):  # without reasoning
+        assert read(text) == (None, text)
+    assert read(f"<think>hm</think>Yes {begin}x{end}") == ("hm", f"Yes {begin}x{end}")
+    if with_tools:
+        call = '<tool_call>{"name": "g", "arguments": {}}</tool_call>'
+        message = parsed(found.parser(request()), [f"<think>hm</think>{begin}So {call}{end}"])
+        assert message.content == "So" and [c.name for c in message.tool_calls] == ["g"]
+    assert detected("<think>").reasoning == REASONING["think"]
 
 
 def test_templates_of_several_names_are_read_together() -> None:
