@@ -17,7 +17,7 @@ from relaxlm.compiler.request import CompileRequest
 from relaxlm.files import cache_folder
 from relaxlm.runtime import cpu
 from relaxlm.runtime.multiversion import VARIABLE
-from tests.compiler import arm64_step
+from tests.compiler import runtime_step
 from tests.compiler.conftest import LIMITS, Portable
 
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
@@ -49,7 +49,7 @@ def library(portable: Portable, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def on_arm(library: Path, folder: Path, output: Path, processor: str, version: str) -> np.ndarray:
-    """What `arm64_step.py` computes there.
+    """What `runtime_step.py` computes there.
 
     Args:
         processor: to emulate, by qemu's name.
@@ -60,7 +60,7 @@ def on_arm(library: Path, folder: Path, output: Path, processor: str, version: s
     command = [QEMU, "-cpu", processor, "-L", ROOT, "-E", f"PYTHONPATH={paths}"]
     command += ["-E", f"{VARIABLE}={version}", "-E", "TVM_NUM_THREADS=2"]
     python = next((ROOT / "usr" / "bin").glob("python3.[0-9]*"))
-    script = project / "tests" / "compiler" / "arm64_step.py"
+    script = project / "tests" / "compiler" / "runtime_step.py"
     result = subprocess.run(
         [*command, python, script, library, folder, output],
         capture_output=True,
@@ -96,7 +96,7 @@ def test_logits_are_those_of_this_machine(
 ) -> None:
     # Versions of x86-64 with the same roundings: of nothing, and of activations to bytes.
     monkeypatch.setenv(VARIABLE, like)
-    expected = arm64_step.logits(portable.library, portable.folder)
+    expected = runtime_step.logits(portable.library, portable.folder)
     found = on_arm(library, portable.folder, tmp_path / "out.npz", processor, version)
     limit = tolerance * np.abs(expected).max()
     np.testing.assert_allclose(found, expected, rtol=0, atol=limit)

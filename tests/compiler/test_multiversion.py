@@ -15,7 +15,7 @@ from relaxlm.errors import ConfigError, LibraryError
 from relaxlm.runtime import cpu, multiversion
 from relaxlm.runtime.library import Library
 from relaxlm.runtime.multiversion import MAGIC, VARIABLE, Version, choose, read_index
-from tests.compiler import arm64_step
+from tests.compiler import runtime_step
 from tests.compiler.conftest import LIMITS, Portable
 from tests.models.parity import dequantized_state
 from tests.numpy_llama import llama_logits
@@ -28,7 +28,7 @@ def expected(tiny: TinyModel) -> np.ndarray:
     state = {name: torch.from_numpy(array) for name, array in tiny.weights.items()}
     kept = dequantized_state(CONFIG, state, "q4f16_1")
     weights = {name: tensor.numpy() for name, tensor in kept.items()}
-    return llama_logits(weights, CONFIG, arm64_step.IDS)[np.cumsum(arm64_step.CHUNKS) - 1]
+    return llama_logits(weights, CONFIG, runtime_step.IDS)[np.cumsum(runtime_step.CHUNKS) - 1]
 
 
 def refusal(path: Path) -> str:
@@ -49,7 +49,7 @@ def test_every_version_computes_the_model(
     assert library.device == f"cpu ({name}, of {', '.join(portable.versions)})"
     rounded = "act_quant=1" in library.metadata.opt
     assert rounded == (name not in ("x86-64-v2", "armv8-a"))
-    found = arm64_step.logits(portable.library, portable.folder)
+    found = runtime_step.logits(portable.library, portable.folder)
     error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     if rounded:  # every activation to 8 bits, and with AMX or AVX-512 BF16 to bfloat16
         assert 1e-4 < error.max() < 6e-2

@@ -1,6 +1,6 @@
-"""Runs in a 64-bit ARM Python: steps of a library, on the weights of a folder, without a compiler.
+"""Runs in another machine's Python: steps of a library on a folder's weights, without a compiler.
 
-python arm64_step.py LIBRARY FOLDER OUT.npz: one prompt in two chunks, then a token. Of a library
+python runtime_step.py LIBRARY FOLDER OUT.npz: one prompt in two chunks, then a token. Of a library
 with several versions, the environment says which.
 """
 
