@@ -127,13 +127,15 @@ def devices() -> Iterator[Finding]:
 
 def compilers() -> Iterator[Finding]:
     """The programs that make libraries of what TVM generates, and what each is needed for."""
+    from relaxlm.compiler.cross import zig_linker
     from relaxlm.compiler.cuda import find_nvcc
     from relaxlm.compiler.link import find_linker
+    from relaxlm.compiler.platforms import this_platform
     from relaxlm.compiler.rocm import bitcode_folder, find_lld
 
-    section = "compilers"
+    section, here = "compilers", this_platform()
     try:
-        linker = find_linker().command
+        linker = find_linker().command if here.has_linker else zig_linker(here).zig
         yield Finding(section, "C linker", _version(linker))
     except ToolchainError as error:
         yield Finding(section, "C linker", "not usable", "broken", str(error))

@@ -114,7 +114,7 @@ class CompiledModel:
             )
         else:
             platform = self.device.platform
-            linker = None if platform.is_here else zig_linker(platform)
+            linker = None if platform.has_linker else zig_linker(platform)
 
         def check(path: Path) -> None:
             self._check(path, output)

@@ -93,7 +93,8 @@ class ZigLinker:
 _WITHOUT_C = ("-nostdlib", "-Wl,--allow-shlib-undefined", "-fno-sanitize=all")
 _OPTIONS = {
     "linux": _WITHOUT_C,
-    "darwin": ("-Wl,-undefined,dynamic_lookup",),
+    # The name for programs that are linked with a library is else that of a temporary file.
+    "darwin": ("-Wl,-undefined,dynamic_lookup", "-Wl,-install_name,@rpath/relaxlm.dylib"),
     # zig has no C library of Android. Pages of 16 KB are what Google Play asks for.
     "android": (*_WITHOUT_C, "-Wl,-z,max-page-size=16384"),
 }

@@ -61,7 +61,7 @@ class Linker:
         if sys.platform == "darwin":
             command += ["-undefined", "dynamic_lookup"]
         command += ["-o", str(output), *map(str, objects)]
-        if self.is_compiler and sys.platform != "win32":
+        if self.is_compiler:
             command.append("-lm")
         run_tool(command, f"link {output.name}")
 

@@ -75,8 +75,17 @@ class Platform:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is this machine's: its own tools link, and its libraries can be loaded."""
+        """Whether it is this machine's, and its libraries can be loaded."""
         return (self.cpu, self.system) == (cpu.architecture(), cpu.system())
+
+    @property
+    def has_linker(self) -> bool:
+        """Whether this machine's own tools link for it.
+
+        On Windows none of them does: what is undefined there has to be listed with the library
+        that has it.
+        """
+        return self.is_here and self.system != "win32"
 
     @property
     def is_static(self) -> bool:
@@ -95,8 +104,9 @@ def _linux(name: str, arch: str, zig: str, level: str | None, **attributes: Any)
     )
 
 
+# macOS 11, the oldest that the wheels of TVM run on.
 def _macos(name: str, arch: str, triple: str, level: str) -> Platform:
-    return Platform(name, arch, "darwin", (".dylib", ".tar"), triple, f"{arch}-macos.13.0", level)
+    return Platform(name, arch, "darwin", (".dylib", ".tar"), triple, f"{arch}-macos.11.0", level)
 
 
 PLATFORMS: dict[str, Platform] = {

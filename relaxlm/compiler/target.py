@@ -424,7 +424,7 @@ def _rocm(arch: str | None) -> DeviceTarget:
 def _host(device: DeviceTarget, opt_level: int) -> dict[str, Any]:
     """How LLVM compiles what starts kernels: for any processor of the platform."""
     known = {"kind": "llvm", "opt-level": opt_level, **device.platform.attributes}
-    return known if device.platform.is_here else {**known, "mtriple": device.platform.triple}
+    return known if device.platform.has_linker else {**known, "mtriple": device.platform.triple}
 
 
 def _wasm_code(opt_level: int) -> dict[str, Any]:
@@ -448,7 +448,7 @@ def _llvm_target(device: DeviceTarget, opt_level: int) -> tvm.target.Target:
 
     platform = device.platform
     known: dict[str, Any] = {"kind": "llvm", "opt-level": opt_level, **platform.attributes}
-    if not platform.is_here:
+    if not platform.has_linker:
         known["mtriple"] = platform.triple
     if not platform.level:
         return Target(known)

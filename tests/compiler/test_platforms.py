@@ -22,7 +22,7 @@ def test_llvm_uses_what_a_platform_has_and_nothing_else(name: str) -> None:
         if codegen.target_has_features(feature, target)
     }
     assert has == set(device.cpu_features)
-    if not platform.is_here:
+    if not platform.has_linker:
         assert target.attrs["mtriple"] == platform.triple
 
 
@@ -87,6 +87,21 @@ def test_the_message_about_a_wrong_suffix() -> None:
         "output out/m.so: a library for macos-arm64 is a *.dylib file, not '.so'; *.tar holds "
         "object files"
     )
+
+
+def test_zig_links_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "system", lambda: "win32")
+    monkeypatch.setattr(cpu, "architecture", lambda machine=None: "x86_64")
+    device = resolve_device("cpu")
+    platform = device.platform
+    assert (platform.name, platform.is_here, platform.has_linker) == (
+        "windows-x86_64",
+        True,
+        False,
+    )
+    for one in (device, resolve_device("opencl")):
+        assert str(one.tvm_target(2)).count(platform.triple) == 1
+    assert PLATFORMS["linux-x86_64"].has_linker == PLATFORMS["linux-x86_64"].is_here
 
 
 def test_this_machine_is_a_platform(monkeypatch: pytest.MonkeyPatch) -> None:
