@@ -1,6 +1,8 @@
 """Machine code for AMD's GPUs, which nothing here can run."""
 
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,15 +24,33 @@ except ToolchainError as error:
     REASON = str(error)
 
 needs_rocm = pytest.mark.skipif(bool(REASON), reason=REASON)
-RAW = tiny_config("llama", num_hidden_layers=1)
+RAW = tiny_config("llama", num_hidden_layers=1, head_dim=128)
 # ELF, 64 bit, little-endian, of AMD's ABI: e_ident of the file that the driver loads.
 AMD_FILE = b"\x7fELF\x02\x01\x01\x40"
 
 
+def what_kernels_take(code: Any) -> dict[str, tuple[int, int, int, int]]:
+    """By name: bytes of memory that a workgroup shares, bytes of memory of a lane's own, whether
+    there are 32 lanes, and whether a lane has a stack.
+
+    Source: "Kernel Descriptor" of "User Guide for AMDGPU Backend" of LLVM.
+    """
+    found = {}
+    for symbol in code.dynamic_symbols:
+        if str(symbol.name).endswith(".kd"):
+            descriptor = bytes(code.get_content_from_virtual_address(symbol.value, 64))
+            shared, own = struct.unpack_from("<II", descriptor)
+            (properties,) = struct.unpack_from("<H", descriptor, 56)
+            found[str(symbol.name)] = (shared, own, properties >> 10 & 1, properties >> 11 & 1)
+    return found
+
+
 @needs_rocm
 # With 64 lanes and with 32; EF_AMDGPU_MACH of "User Guide for AMDGPU Backend" of LLVM.
-@pytest.mark.parametrize(("arch", "number"), [("gfx90a", 0x3F), ("gfx1100", 0x41)])
-def test_a_model_becomes_machine_code(arch: str, number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "number", "narrow"), [("gfx90a", 0x3F, False), ("gfx1100", 0x41, True)]
+)
+def test_a_model_becomes_machine_code(arch: str, number: int, narrow: bool, tmp_path: Path) -> None:
     lief = pytest.importorskip("lief")
     library = tmp_path / "model.so"
     config, scheme = models.load_config(RAW), get_scheme("q4f16_1")
@@ -44,6 +64,12 @@ def test_a_model_becomes_machine_code(arch: str, number: int, tmp_path: Path) ->
     kernels = ("paged_attention", "rope_append", "matmul", "norm", "embedding_lookup", "copy")
     for kernel in kernels:
         assert any(name.endswith("_kernel.kd") and kernel in name for name in names), names
+    taken = what_kernels_take(code)
+    shared = {name: size for name, (size, *_) in taken.items() if size}
+    assert shared.keys() >= {"paged_attention_kernel.kd", "rms_norm_kernel.kd"}
+    assert max(shared.values()) <= 64 << 10
+    # All values of a lane are in registers.
+    assert {(own, lanes, stack) for _, own, lanes, stack in taken.values()} == {(0, narrow, 0)}
     with pytest.raises(LibraryError) as caught:
         Library.load(library)
     assert str(caught.value) == (
