@@ -67,8 +67,11 @@ class Attention:
                 and n * group >= gpu_attention.FEW_ROWS * batch
             )
             assert many == (way == "rows")
+            seen = PAGE * sum(-(-length // PAGE) for length in lengths)
+            if self.shape.window:
+                seen = min(seen, self.shape.window + self.shape.sinks)
             self.check(Batch(self.shape, self.format, lengths, new), tolerance)
-            assert self.split == (way == "parts")
+            assert self.split == (not many and seen > gpu_attention.PART_TOKENS)
 
 
 # Cached tokens, and how many of them are new. Among them a sequence without new tokens, a whole
@@ -127,7 +130,11 @@ def test_capped_scores_and_sink_logits(gpu: CudaEmulation, change: dict) -> None
     ids=["window", "sinks-alibi", "chunked"],
 )
 @pytest.mark.parametrize("gpu", ["random"], indirect=True)
-def test_windows_chunks_and_distances(gpu: CudaEmulation, change: dict) -> None:
+def test_windows_chunks_and_distances(
+    gpu: CudaEmulation, monkeypatch: pytest.MonkeyPatch, change: dict
+) -> None:
+    # Even windows are cut into parts.
+    monkeypatch.setattr(gpu_attention, "PART_TOKENS", 16)
     shape = AttentionShape(8, 2, 16, **{"window": 0, "sinks": 0, "scale": 0.25, **change})
     attention = Attention(gpu, shape, "float32", "float32")
     attention.check_ways()

@@ -70,10 +70,10 @@ def shaders(kernels: dict[str, tirx.PrimFunc]) -> list[str]:
 ATTENTION = {
     "float16": [
         AttentionShape(32, 8, 128, window=0, sinks=0, scale=0.1),
-        AttentionShape(12, 1, 512, window=128, sinks=4, scale=0.1, alibi=True),
+        AttentionShape(12, 1, 512, window=1024, sinks=4, scale=0.1, alibi=True),
     ],
     "float32": [
-        AttentionShape(4, 4, 80, window=64, sinks=0, scale=0.1, chunked=True),
+        AttentionShape(4, 4, 80, window=1024, sinks=0, scale=0.1, chunked=True),
         AttentionShape(16, 1, 256, window=0, sinks=0, scale=0.1, cap=30.0, sink_logits=True),
     ],
 }

@@ -169,14 +169,16 @@ class Parts:
     def most(self) -> int:
         return max(BUSY // self.share, 1)
 
-    def count(self, n: Expr, table: Expr) -> Expr:
+    def count(self, n: Expr, table: Expr, window: int = 0) -> Expr:
         """Of each context.
 
         Args:
             n: query tokens.
             table: pages of all sequences.
+            window: tokens that a query sees at most; 0: all.
         """
-        longest = (table * PAGE_SIZE + PART_TOKENS - 1) // PART_TOKENS
+        seen = T.min(table * PAGE_SIZE, window) if window else table * PAGE_SIZE
+        longest = (seen + PART_TOKENS - 1) // PART_TOKENS
         return T.max(T.min(self.most // n, T.min(longest, MOST_PARTS)), 1)
 
 
@@ -462,7 +464,7 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
                     run(attention, tokens, row, head, None)
                     finish(attention, row, is_own, out, sink_logits)
 
-        parts = shares.count(n, table)
+        parts = shares.count(n, table, shape.window and shape.window + shape.sinks)
         with T.If(T.And(n >= MANY_TOKENS * batch, n * group >= FEW_ROWS * batch)):
             with T.Then():
                 run_many()
