@@ -1,13 +1,13 @@
-"""Replies of gpt-oss, messages on channels, as one text: the analysis between <think> and </think>,
-then the answer.
+"""Replies of gpt-oss, messages on channels, and of models whose reasoning stands between special
+tokens, as one text: the reasoning between <think> and </think>, then the answer.
 
 Other models that reason write their replies so by themselves. The engine's parser of replies tells
-the channels apart; it is imported for models that have them.
+the parts apart; it is imported for models that need it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,33 +18,47 @@ if TYPE_CHECKING:
     from relaxlm.engine.replies import Delta, ReplyParser
 
 _BEGIN, _END = "<think>\n", "\n</think>\n\n"
+# What reasoning begins with in models that have special tokens for it: Magistral, Command R7B,
+# Apertus, Seed-OSS and others. Special tokens are not shown as text.
+_MARKS = ("[THINK]", "<|START_THINKING|>", "<|inner_prefix|>", "<seed:think>", "<think>")
 
 
 @dataclass(frozen=True)
 class ChannelFormat:
-    """How the replies of a model with channels are read.
+    """How the replies of a model with channels, or with tokens around its reasoning, are read.
 
     Attributes:
         shown: the special tokens that part the messages.
-        new: begins to read a reply.
+        new: begins to read the reply to a prompt, given its token ids.
     """
 
     shown: frozenset[int]
-    new: Callable[[], ChannelText]
+    new: Callable[[Sequence[int]], ChannelText]
 
 
 def channel_format(templates: Mapping[str, str], tokenizer: Tokenizer) -> ChannelFormat | None:
-    """None for a model whose replies have no channels.
+    """None for a model whose replies have neither.
 
     Args:
         templates: the texts of the model's templates by name.
     """
-    if not any(map(writes_channels, templates.values())):
+    marks = {tokenizer.token_to_id(mark) for mark in _MARKS} & tokenizer.special_ids
+    if not marks and not any(map(writes_channels, templates.values())):
         return None
     from relaxlm.engine.replies import reply_format
 
     found = reply_format(templates, tokenizer)
-    return ChannelFormat(found.shown_special(None), lambda: ChannelText(found.parser()))
+    shown = found.shown_special(None)
+    begin = None if found.reasoning is None else tokenizer.token_to_id(found.reasoning.begin)
+    if not found.channels and begin not in shown:
+        return None
+
+    def new(prompt: Sequence[int]) -> ChannelText:
+        # A line end may follow what opens the reasoning.
+        inside = begin is not None and begin in prompt[-2:]
+        return ChannelText(found.parser(starts_in_reasoning=inside))
+
+    return ChannelFormat(shown, new)
 
 
 class ChannelText:

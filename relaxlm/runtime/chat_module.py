@@ -8,8 +8,9 @@ is computed. Recurrent layers can go back to few states: that of now, and those 
 messages of the last two prompts, before the replies; a prompt that differs earlier is computed from
 its start.
 
-A reply of gpt-oss, which comes in messages on channels, reads as that of other thinking models: the
-analysis between <think> and </think>, then the answer.
+A reply of gpt-oss, which comes in messages on channels, and of models with special tokens around
+their reasoning reads as that of other thinking models: the reasoning between <think> and </think>,
+then the answer.
 
 When a conversation outgrows the context window, its oldest turns are forgotten until the new prompt
 and a quarter of the window for the reply fit (`ChatConfig.context_overflow` = "drop_oldest_turns",

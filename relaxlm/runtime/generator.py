@@ -259,7 +259,7 @@ class Generator:
             StopStrings((*stop_strings, *config.stop)),
             end_tokens | frozenset(config.stop_token_ids),
             min(config.max_tokens or room, room),
-            channels=None if self.channels is None else self.channels.new(),
+            channels=None if self.channels is None else self.channels.new(prompt),
         )
 
     @property

@@ -48,12 +48,34 @@ def test_the_text_of_a_reply(text: str, expected: str) -> None:
     found = channel_format({"default": TEMPLATE}, tokenizer())
     assert found is not None
     for pieces in ([text], list(text)):
-        reply = found.new()
+        reply = found.new([])
         assert "".join(map(reply.push, pieces)) + reply.finish() == expected
 
 
 def test_other_models_have_no_channels() -> None:
     assert channel_format({"default": "<|im_start|>"}, tokenizer()) is None
+    plain = Tokenizer(tokenizer_json().encode(), {})
+    assert channel_format({"default": "[THINK]<think>"}, plain) is None
+
+
+@pytest.mark.parametrize(
+    "marks", [("[THINK]", "[/THINK]"), ("<|inner_prefix|>", "<|inner_suffix|>")]
+)
+def test_special_tokens_around_the_reasoning(marks: tuple[str, str]) -> None:
+    begin, end = marks
+    special = Tokenizer(tokenizer_json().encode(), {"additional_special_tokens": list(marks)})
+    found = channel_format({"default": f"{begin}{end}"}, special)
+    ids = [special.token_to_id(mark) for mark in marks]
+    assert found is not None and found.shown == set(ids)
+
+    def read(text: str, prompt: list[int | None]) -> str:
+        reply = found.new(prompt)
+        return "".join(map(reply.push, text)) + reply.finish()
+
+    assert read(f"{begin}hm{end}Hello", [5]) == "<think>\nhm\n</think>\n\nHello"
+    assert read(f"hm{end}Hello", [5, ids[0]]) == "<think>\nhm\n</think>\n\nHello"
+    assert read(f"hm{end}Hello", [5, ids[0], 7]) == "<think>\nhm\n</think>\n\nHello"
+    assert read("Hello", [ids[0], 5, 7]) == "Hello"
 
 
 def test_the_parts_of_a_text() -> None:
