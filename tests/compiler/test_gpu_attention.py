@@ -12,6 +12,7 @@ import pytest
 
 from relaxlm.compiler.kernels import gpu_attention
 from relaxlm.compiler.kernels.attention import AttentionShape, copy_kernel
+from relaxlm.compiler.kernels.gpu_tiles import CHUNK, Tile
 from relaxlm.quantization.kv_cache import KV_FORMATS
 from tests import reference
 from tests.compiler.cuda_emulation import CudaEmulation, needs_compiler
@@ -168,3 +169,23 @@ def test_pages_are_copied_whole(gpu: CudaEmulation) -> None:
     kernel = gpu.build(copy_kernel((3, PAGE, 5), "float32", "gpu"))
     kernel(pages, np.array([6, 0], "int32"), np.array([1, 4], "int32"))
     np.testing.assert_array_equal(pages, expected)
+
+
+@pytest.mark.parametrize(
+    "size", [2, 8, 20, 64, 72, 80, 96, 112, 120, 128, 192, 256, 512, 576, 1024]
+)
+def test_tiles_of_all_sizes_fit(size: int) -> None:
+    """Threads share out all of the work, in registers, and in 16 KB of workgroup memory."""
+    rows = [gpu_attention.few_rows(heads, size) for heads in range(1, 130)]
+    for heads, (tile, count) in enumerate(rows, 1):
+        assert (count - 1) * tile.rows < heads <= count * tile.rows
+    many = Tile.of(min(gpu_attention.MANY_ROWS, Tile.most_rows(size)), size)
+    for tile in {*(tile for tile, _ in rows), many}:
+        products, results = tile.products, tile.rows_each * tile.features_each
+        assert products.rows_each * products.columns_each * tile.threads == tile.rows * tile.tokens
+        assert tile.lanes * tile.slices * (tile.rows // tile.rows_each) == tile.threads <= 256
+        assert tile.lanes * tile.features_each >= size and results <= 50
+        assert tile.tokens % tile.slices == tile.tokens % tile.pieces == 0
+        staged = CHUNK * tile.rows + (CHUNK + 1) * tile.tokens
+        scores = tile.rows * (tile.tokens + 1 + tile.pieces + 2)
+        assert 4 * (staged + scores + tile.tokens) <= 16384

@@ -185,7 +185,8 @@ class Parts:
 def few_rows(heads: int, size: int) -> tuple[Tile, int]:
     """For the heads of a token that share keys: a tile, and how many of them a token has."""
     count = -(-heads // min(FEW_ROWS, Tile.most_rows(size)))
-    return Tile.of(-(-heads // count), size), count
+    tile = Tile.of(-(-heads // count), size)
+    return tile, -(-heads // tile.rows)
 
 
 def parts_shape(heads: int, size: int, parts: Parts) -> tuple[int, int, int]:
