@@ -167,9 +167,8 @@ export class ChatModule {
         signal?.throwIfAborted();
         const piece = ids.slice(at, Math.min(at + chunk, at < keep ? keep : ids.length));
         const tables = sequences.batch([[seq, piece.length]]);
-        const last = piece.length - 1;
-        if (at + piece.length < ids.length) await executor.forward(tables, piece, [last]);
-        else token = await executor.next(tables, piece, last, reply.sampler);
+        if (at + piece.length < ids.length) await executor.fill(tables, piece);
+        else token = await executor.next(tables, piece, piece.length - 1, reply.sampler);
         if (at + piece.length === keep) sequences.keepState(seq);
       }
       reply.prefillSeconds = (now() - started) / 1000;

@@ -76,6 +76,16 @@ export class Executor {
     }
   }
 
+  /** Runs one step of which only the cache is wanted; errors as for `forward`. */
+  async fill(tables, inputIds) {
+    const logits = this.start(tables, inputIds, [inputIds.length - 1]);
+    try {
+      if (this.library.onGpu) await this.library.device.sync();
+    } finally {
+      logits.dispose();
+    }
+  }
+
   /** Some blocks of one row of logits, which come from the GPU together. */
   async few(logits, { largest, named }, vocabSize) {
     const { library } = this;
