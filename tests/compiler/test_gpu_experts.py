@@ -32,8 +32,8 @@ def empty_plan(rows: int, experts: int) -> list[np.ndarray]:
 )
 def test_every_row_meets_its_own_expert_and_others_are_not_read(preset: str, order: str) -> None:
     scheme = SCHEMES[preset]
-    # Rests of a tile; of a group, or of what a workgroup brings at a time.
-    n, k = 70, {"q3f16_1": 80, "q8f16_1": 96}.get(preset, 100)
+    # Rests of a tile; of a group, of words, or of what a workgroup brings at a time.
+    n, k = 70, {"q3f16_1": 80, "q8f16_1": 96, "q4f32_1": 104}.get(preset, 100)
     stored = Stored(scheme, (EXPERTS, n, k))
     for array in stored.arrays[-1:]:  # the scales, or the values themselves
         array[EXPERTS - 1] = np.nan

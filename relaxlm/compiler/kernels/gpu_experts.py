@@ -20,6 +20,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit, tensor
+from relaxlm.compiler.kernels.gpu_matmul import load
 from relaxlm.compiler.kernels.gpu_tiles import length, meet, private, put, shared
 from relaxlm.compiler.kernels.stored import StoredMatrix
 from relaxlm.compiler.kernels.workgroup import grid, reduce, when
@@ -220,7 +221,8 @@ def expert_kernel(
     experts, n, k = shape
     matrix = StoredMatrix(n, k, quant, stored_dtype)
     assert not matrix.columns, "experts are stored row by row"
-    per_word, words = matrix.per_word, matrix.words
+    per_word = matrix.per_word
+    words = math.ceil(k / per_word)  # of a row that are read; its last group may have more
 
     def body() -> None:
         m, tokens, rows, slots = (length(name) for name in ("m", "tokens", "rows", "slots"))
@@ -228,7 +230,7 @@ def expert_kernel(
         chosen = tensor("chosen", (tokens, each), "int32")
         order = tensor("order", (rows,), "int32")
         tiles = tensor("tiles", (slots, 3), "int32")
-        weight = tensor("weight", (experts, n, words), matrix.word_dtype)
+        weight = tensor("weight", (experts, n, matrix.words), matrix.word_dtype)
         scales = None
         if quant is not None:
             scales = tensor("scale", (experts, n, matrix.groups), stored_dtype)
@@ -248,13 +250,6 @@ def expert_kernel(
                 return T.float32(1)
             return T.cast(scales[expert, row, word // matrix.group_words], "float32")
 
-        def of_x(row: Expr, at: Expr, end: int) -> Expr:
-            """An element as float32; 0 from K on, where `end` says that there may be such."""
-            if end <= k:
-                return T.cast(x[row, at], "float32")
-            value = T.cast(x[row, T.min(at, k - 1)], "float32")
-            return T.if_then_else(at < k, value, T.float32(0))
-
         def alone(part: Expr, row: Expr, t: Expr) -> None:
             lane, team = t % LANES, t // LANES
             expert = chosen[row // each, row % each]
@@ -270,9 +265,7 @@ def expert_kernel(
             with T.serial(math.ceil(words / LANES)) as step:
                 at = step * LANES + lane
                 with when(*([at < words] if words % LANES else [])):
-                    for i in range(per_word):
-                        value = of_x(row // repeat, at * per_word + i, words * per_word)
-                        put(values, value, i)
+                    load(x, row // repeat, at * per_word, per_word, k, values, 0)
                     for i in range(EACH):
                         place = T.min(column(i), n - 1)
                         put(word, weight[expert, place, at], 0)
@@ -309,7 +302,10 @@ def expert_kernel(
 
             def bring_x(at: Expr) -> None:
                 row, column = at // step, at % step
-                value = of_x(places[row], chunk * step + column, chunks * step)
+                place = chunk * step + column
+                value = T.cast(x[places[row], T.min(place, k - 1)], "float32")
+                if chunks * step > k:  # what the last words have too much meets 0
+                    value = T.if_then_else(place < k, value, T.float32(0))
                 put(left, value, row * pitch + column)
 
             def bring_weight(at: Expr) -> None:

@@ -152,7 +152,7 @@ def _few(tensors: _Tensors, tokens: int) -> None:
             at = step * lanes + lane
             with when(True if units % lanes == 0 else at < units):
                 for i, (token, _) in enumerate(at_tokens):
-                    _load(tensors.x, token, at * unit, unit, matrix.k, values, i * unit)
+                    load(tensors.x, token, at * unit, unit, matrix.k, values, i * unit)
                 for column in range(each):
                     for piece in range(pieces):
                         row = columns[column][0] + piece * tensors.columns
@@ -173,7 +173,7 @@ def _few(tensors: _Tensors, tokens: int) -> None:
                         tensors.store(token, column, found)
 
 
-def _load(
+def load(
     x: tirx.Buffer, row: Expr, first: Expr, count: int, size: int, kept: tirx.Buffer, place: int
 ) -> None:
     """Emit the loads of some elements of a row; those behind its end are 0."""
@@ -202,7 +202,7 @@ def _dot(
     matrix = tensors.matrix
     if matrix.quant is None:
         plain = private(unit)
-        _load(tensors.words, row, at * unit, unit, matrix.k, plain, 0)
+        load(tensors.words, row, at * unit, unit, matrix.k, plain, 0)
         for token in range(tokens):
             add(token, _sum(plain[i] * values[token * unit + i] for i in range(unit)))
         return
