@@ -10,6 +10,7 @@ from relaxlm.errors import ConfigError, ContextOverflowError
 from relaxlm.runtime.cache_size import CacheSize, pages_for
 from relaxlm.runtime.chat_config import ChatConfigFile
 from relaxlm.runtime.executor import Executor
+from relaxlm.runtime.generation import GenerationConfig, SamplingState
 from relaxlm.runtime.library import (
     Library,
     check_device,
@@ -17,7 +18,9 @@ from relaxlm.runtime.library import (
     refuse_compile_options,
 )
 from relaxlm.runtime.params import WeightFolder
+from relaxlm.runtime.sampling import all_sampled, sample
 from relaxlm.runtime.sequence_table import PagedSequences
+from relaxlm.runtime.step_logits import StepLogits
 
 Progress = Callable[[str, float], None]
 
@@ -38,6 +41,7 @@ class Session:
     ) -> None:
         self.executor, self.sequences, self.weights = executor, sequences, weights
         self._random = np.random.default_rng(0)
+        self._greedy = SamplingState(GenerationConfig(temperature=0), (), executor.vocab_size)
         self._held: list[int] = []
         self._prepared: tuple[int, int] | None = None  # batch, context
 
@@ -127,7 +131,7 @@ class Session:
         """The most probable next token of every sequence."""
         tables = self.sequences.batch([(seq, 1) for seq in self._held])
         rows = np.arange(len(self._held), dtype=np.int32)
-        self._next = self.executor.forward(tables, self._next, rows).argmax(-1).astype(np.int32)
+        self._next = self._choose(self.executor.compute(tables, self._next, rows), len(rows))
 
     def _append_prompts(self, ids: np.ndarray) -> None:
         """Start sequences with the prompts [batch, n]."""
@@ -138,7 +142,16 @@ class Session:
                 part = prompt[start : start + chunk]
                 tables = self.sequences.batch([(seq, len(part))])
                 last = np.array([len(part) - 1], np.int32)
-                self.executor.forward(tables, part, last).argmax(-1)
+                logits = self.executor.compute(tables, part, last)
+            self._choose(logits, 1)
+
+    def _choose(self, logits: StepLogits, rows: int) -> np.ndarray:
+        """Tokens [rows] int32 as a greedy reply gets them: most logits of a GPU stay there."""
+        # Without penalties, nobody asks for what a reply has had so far.
+        states = [self._greedy] * rows
+        seen = logits.seen_by(range(rows), states)
+        chosen = all_sampled(sample(seen.logits, states, seen.peaks, seen.blocks))
+        return np.array([sampled.token for sampled in chosen], np.int32)
 
     def _made_up(self, shape: tuple[int, int]) -> np.ndarray:
         return self._random.integers(0, self.executor.vocab_size, shape).astype(np.int32)

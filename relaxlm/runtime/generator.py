@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from relaxlm.errors import ContextOverflowError, LibraryError
+from relaxlm.errors import ContextOverflowError
 from relaxlm.runtime.channels import ChannelFormat, ChannelText
 from relaxlm.runtime.executor import Executor
 from relaxlm.runtime.generation import GenerationConfig, SamplingState
-from relaxlm.runtime.sampling import Sampled, sample
+from relaxlm.runtime.sampling import Sampled, all_sampled, sample
 from relaxlm.runtime.sequence_table import PagedSequences
 from relaxlm.runtime.step_logits import StepLogits
 from relaxlm.runtime.stop import StopStrings
@@ -202,7 +202,7 @@ class Generator:
             while True:
                 states = [reply.state for _, reply in running]
                 seen = logits.seen_by(picked, states)
-                chosen = _all_sampled(sample(seen.logits, states, seen.peaks, seen.blocks))
+                chosen = all_sampled(sample(seen.logits, states, seen.peaks, seen.blocks))
                 timings.decode_tokens += len(running)
                 for (_, reply), sampled in zip(running, chosen, strict=True):
                     on_text(reply, reply.push(sampled))
@@ -272,13 +272,3 @@ def _pieces(tokens: int, chunk: int, cut: int) -> list[tuple[int, int]]:
     """Where steps of up to `chunk` tokens begin and end, one of them ending at `cut`."""
     ends = [*range(0, cut, chunk), *range(cut, tokens, chunk), tokens]
     return list(pairwise(ends))
-
-
-def _all_sampled(results: Sequence[Sampled | LibraryError]) -> list[Sampled]:
-    """Raises the first error among them."""
-    chosen = []
-    for result in results:
-        if isinstance(result, LibraryError):
-            raise result
-        chosen.append(result)
-    return chosen

@@ -104,6 +104,20 @@ def sample(
     return results
 
 
+def all_sampled(results: Sequence[Sampled | LibraryError]) -> list[Sampled]:
+    """The same without errors, of which the first is raised.
+
+    Raises:
+        LibraryError: what `sample` found wrong with a row.
+    """
+    chosen = []
+    for result in results:
+        if isinstance(result, LibraryError):
+            raise result
+        chosen.append(result)
+    return chosen
+
+
 def _sample_row(
     row: np.ndarray,
     state: SamplingState,
