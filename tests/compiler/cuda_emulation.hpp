@@ -530,6 +530,9 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 template <class T> emu::Pair<T> __hsub2(emu::Pair<T> a, emu::Pair<T> b) { return {a.x - b.x, a.y - b.y}; }
 template <class T> emu::Pair<T> __hmul2(emu::Pair<T> a, emu::Pair<T> b) { return {a.x * b.x, a.y * b.y}; }
+template <class T> emu::Pair<T> __hfma2(emu::Pair<T> a, emu::Pair<T> b, emu::Pair<T> c) {
+  return {T(float(a.x) * float(b.x) + float(c.x)), T(float(a.y) * float(b.y) + float(c.y))};
+}
 inline float __uint_as_float(unsigned x) { return emu::float_of(x); }
 inline unsigned __float_as_uint(float x) { return emu::bits_of(x); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
@@ -570,6 +573,8 @@ inline void check_aligned(const void* address) {
   if (uintptr_t(address) % 16 && emu::failure.empty())
     emu::failure = emu::place(*emu::current) + " copies 16 bytes to or from an odd address";
 }
+inline u32 select(u32 bits, u32 mask, u32 base) { return (bits & mask) | base; }
+
 inline void load_transposed(u32 (&r)[4], const void* row) {
   check_aligned(row);
   uint64_t address = uint64_t(row);

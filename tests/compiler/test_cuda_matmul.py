@@ -176,10 +176,10 @@ def test_weights_are_read_16_bytes_at_a_time_and_multiplied_by_tensor_cores(
     command = [find_nvcc(), "--ptx", "-std=c++17", "-arch=sm_90", "-o", "kernels.ptx", "kernels.cu"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     ptx = (tmp_path / "kernels.ptx").read_text()
-    # Two rows before the loop and two in it; of x, four units of each chunk.
-    assert len(re.findall(r"ld\.global\.nc\.L1::no_allocate\.L2::128B\.v4\.u32", ptx)) == 4
-    assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16", ptx)) == 8
+    # Four times two rows before the loop and in it; of x, four units of each chunk.
+    assert len(re.findall(r"ld\.global\.nc\.L1::no_allocate\.L2::128B\.v4\.u32", ptx)) == 16
+    assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16", ptx)) == 4 * 8
     # Beside them, only x and the scales come from global memory.
     others = re.findall(r"ld\.global\.nc\.(?!L1)(v4\.)?[bu](\d+)", ptx)
-    assert set(others) == {("", "16"), ("v4.", "32")} and others.count(("v4.", "32")) == 4
+    assert set(others) == {("", "16"), ("v4.", "32")} and others.count(("v4.", "32")) == 4 * 4
     assert "ld.local" not in ptx

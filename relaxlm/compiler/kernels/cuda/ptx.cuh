@@ -44,6 +44,13 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// bits & mask | base as one instruction, which the compiler does not make of two constants.
+__device__ __forceinline__ u32 select(u32 bits, u32 mask, u32 base) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(bits), "r"(mask), "r"(base));
+  return r;
+}
+
 // Four matrices of 8 times 8 values from shared memory, transposed: lane i gives the address of row
 // i % 8 of matrix i / 8. Lane 4 g + q gets of each the rows 2 q, 2 q + 1 of column g.
 __device__ __forceinline__ void load_transposed(u32 (&r)[4], const void* row) {

@@ -19,37 +19,53 @@ __device__ __forceinline__ void skinny(const typename F::T* __restrict__ x, Matr
   const int lane = threadIdx.x, warp = threadIdx.y, g = lane / 4, q = lane % 4;
   const int K = matrix.K;
 
+  // Columns of x that nobody wants are those of the last row once more: nobody looks at their sums.
   const T* row_of_x[NT];
 #pragma unroll
-  for (int j = 0; j < NT; ++j) {
-    int token = j * 8 + g;
-    row_of_x[j] = token < rows.count ? x + size_t(rows.in(token)) * K : nullptr;
-  }
+  for (int j = 0; j < NT; ++j)
+    row_of_x[j] = x + size_t(rows.in(min(j * 8 + g, rows.count - 1))) * K;
 
+  // What is on its way while a lane waits for the first of it: at least 64 bytes.
+  constexpr int DEPTH = MT == 1 ? 4 : 2;
+  // Units of x that are read before the products begin, as long as that takes few registers.
+  constexpr int AHEAD = NT == 1 ? F::UNITS : 1;
   float sums[MT][NT][4] = {};
-  Chunks<F, MT> next;
-  next.template load<ALIGNED>(matrix, base, warp * 4 + q, g);
+  Chunks<F, MT> chunks[DEPTH];
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d)
+    chunks[d].template load<ALIGNED>(matrix, base, (d * WARPS + warp) * 4 + q, g);
   const int quads = (matrix.chunks() + 3) / 4;
-  for (int quad = warp; quad < quads; quad += WARPS) {
-    const Chunks<F, MT> now = next;
-    if (quad + WARPS < quads) next.template load<ALIGNED>(matrix, base, (quad + WARPS) * 4 + q, g);
+  for (int first = warp; first < quads; first += DEPTH * WARPS) {
 #pragma unroll
-    for (int unit = 0; unit < F::UNITS; ++unit) {
-      const int k = (quad * 4 + q) * F::CODES + unit * 8;
-      uint4 columns[NT];
+    for (int d = 0; d < DEPTH; ++d) {
+      const int quad = first + d * WARPS;
+      if (quad >= quads) break;
 #pragma unroll
-      for (int j = 0; j < NT; ++j)
-        columns[j] = row_of_x[j] ? load_unit<ALIGNED>(row_of_x[j], k, K) : make_uint4(0, 0, 0, 0);
+      for (int some = 0; some < F::UNITS; some += AHEAD) {
+        uint4 columns[AHEAD][NT];
 #pragma unroll
-      for (int i = 0; i < MT; ++i) {
-        u32 a[2][4];
-        now.unpack(i, unit, a);
+        for (int u = 0; u < AHEAD; ++u)
 #pragma unroll
-        for (int j = 0; j < NT; ++j) {
-          multiply(sums[i][j], a[0], columns[j].x, columns[j].y, T());
-          multiply(sums[i][j], a[1], columns[j].z, columns[j].w, T());
-        }
+          for (int j = 0; j < NT; ++j) {
+            const int k = (quad * 4 + q) * F::CODES + (some + u) * 8;
+            columns[u][j] = load_unit<ALIGNED>(row_of_x[j], k, K);
+            if constexpr (F::SPREADS) columns[u][j] = spread(columns[u][j]);
+          }
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u)
+#pragma unroll
+          for (int i = 0; i < MT; ++i) {
+            u32 a[2][4];
+            chunks[d].template unpack<F::SPREADS>(i, some + u, a);
+#pragma unroll
+            for (int j = 0; j < NT; ++j) {
+              multiply(sums[i][j], a[0], columns[u][j].x, columns[u][j].y, T());
+              multiply(sums[i][j], a[1], columns[u][j].z, columns[u][j].w, T());
+            }
+          }
       }
+      const int next = quad + DEPTH * WARPS;
+      if (next < quads) chunks[d].template load<ALIGNED>(matrix, base, next * 4 + q, g);
     }
   }
 

@@ -48,14 +48,14 @@ __device__ __forceinline__ int row_in_tile(int i, int half, int g) {
   return F::COLUMNS ? i / 2 * 32 + g * 4 + i % 2 * 2 + half : i * 16 + half * 8 + g;
 }
 
-// The scales of one chunk of each of a lane's rows, each twice in a word.
+// The scales of one chunk of each of a lane's rows, as they are loaded: nothing waits for them.
 template <class F, int MT>
 struct Scales {
-  u32 pairs[MT][2];
+  typename F::T values[MT][2];
 
   __device__ __forceinline__ void load(const Matrix<F>& matrix, int base, int chunk, int g) {
     if constexpr (!F::PLAIN) {
-      const int group = chunk / F::SHARED, groups = F::groups(matrix.K);
+      const int groups = F::groups(matrix.K), group = min(chunk / F::SHARED, groups - 1);
 #pragma unroll
       for (int i = 0; i < MT; ++i)
 #pragma unroll
@@ -63,11 +63,13 @@ struct Scales {
           const int row = min(matrix.row(base + row_in_tile<F>(i, half, g)), matrix.N - 1);
           const size_t at =
               F::COLUMNS ? size_t(group) * matrix.N + row : size_t(row) * groups + group;
-          const typename F::T scale =
-              group < groups ? matrix.scales[at] : from_float<typename F::T>(0.f);
-          pairs[i][half] = Pair<typename F::T>::of(scale, scale);
+          values[i][half] = matrix.scales[at];
         }
     }
+  }
+  __device__ __forceinline__ u32 pair(int i, int half) const {
+    if constexpr (F::PLAIN) return 0;
+    return Pair<typename F::T>::of(values[i][half], values[i][half]);
   }
 };
 
@@ -78,11 +80,12 @@ struct Chunks {
   uint4 values[MT][2];
   Scales<F, MT> scales;
 
+  // A chunk beyond the last is the last once more: x is zero there.
   // ALIGNED: see `load_unit`; of transposed matrices, N is a multiple of 4, too.
   template <bool ALIGNED>
   __device__ __forceinline__ void load(const Matrix<F>& matrix, int base, int chunk, int g) {
     typedef typename F::T T;
-    const bool there = chunk < matrix.chunks();
+    chunk = min(chunk, matrix.chunks() - 1);
     scales.load(matrix, base, chunk, g);
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
@@ -93,7 +96,7 @@ struct Chunks {
         uint4 four[4];
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          const u32* line = words + size_t(there ? chunk * 4 + w : 0) * matrix.N;
+          const u32* line = words + size_t(chunk * 4 + w) * matrix.N;
           if constexpr (ALIGNED)
             four[w] = load_once(line + min(row, matrix.N - 4));
           else
@@ -109,9 +112,8 @@ struct Chunks {
             values[i][half] = load_unit<false>(static_cast<const T*>(matrix.values) + row * matrix.K,
                                                chunk * 8, matrix.K);
           else
-            values[i][half] = there ? load_once(static_cast<const uint4*>(matrix.values) +
-                                                row * matrix.chunks() + chunk)
-                                    : make_uint4(0, 0, 0, 0);
+            values[i][half] = load_once(static_cast<const uint4*>(matrix.values) +
+                                        row * matrix.chunks() + chunk);
         }
       }
     }
@@ -126,10 +128,11 @@ struct Chunks {
   }
 
   // A unit of tile i as the left operand of two steps.
+  template <bool SPREAD>
   __device__ __forceinline__ void unpack(int i, int unit, u32 (&a)[2][4]) const {
     u32 upper[4], lower[4];
-    F::unpack(values[i][0], unit, scales.pairs[i][0], upper);
-    F::unpack(values[i][1], unit, scales.pairs[i][1], lower);
+    F::template unpack<SPREAD>(values[i][0], unit, scales.pair(i, 0), upper);
+    F::template unpack<SPREAD>(values[i][1], unit, scales.pair(i, 1), lower);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       a[step][0] = upper[step * 2], a[step][1] = lower[step * 2];

@@ -175,7 +175,7 @@ __device__ __forceinline__ void tiled(const typename S::T* __restrict__ x,
       for (int unit = 0; unit < F::UNITS; ++unit) {
         u32 a[MT][2][4];
 #pragma unroll
-        for (int i = 0; i < MT; ++i) chunks.unpack(i, unit, a[i]);
+        for (int i = 0; i < MT; ++i) chunks.template unpack<false>(i, unit, a[i]);
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
           const int token = first_token + j * 8 + g;

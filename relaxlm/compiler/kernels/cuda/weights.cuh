@@ -65,6 +65,13 @@ __device__ __forceinline__ u32 times(u32 a, u32 b, nv_bfloat16) {
   return *reinterpret_cast<u32*>(&r);
 }
 
+// a b + c of float16, rounded once.
+__device__ __forceinline__ u32 times_and_add(u32 a, u32 b, u32 c) {
+  half2 r = __hfma2(*reinterpret_cast<half2*>(&a), *reinterpret_cast<half2*>(&b),
+                    *reinterpret_cast<half2*>(&c));
+  return *reinterpret_cast<u32*>(&r);
+}
+
 __device__ __forceinline__ u32 word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
@@ -91,15 +98,25 @@ struct Format {
   }
   __host__ __device__ static constexpr int groups(int K) { return (K + GROUP - 1) / GROUP; }
 
-  // Four pairs of values: the unit's columns 2 i, 2 i + 1. Each is (code - ZERO) * scale, rounded to
-  // T once, as the format defines it.
+  // A unit is a word, and its codes i and i + 4 come out of it with fewer instructions than
+  // neighbours.
+  static constexpr bool SPREADS = BITS == 4;
+
+  // Four pairs of values: the unit's columns 2 i, 2 i + 1, or, SPREAD, i and i + 4, as `spread` has
+  // those of x. Each is (code - ZERO) * scale, rounded to T once, as the format defines it.
+  template <bool SPREAD>
   static __device__ __forceinline__ void unpack(const uint4& chunk, int unit, u32 scale,
                                                 u32 (&pairs)[4]) {
     if constexpr (PLAIN) {
       pairs[0] = chunk.x, pairs[1] = chunk.y, pairs[2] = chunk.z, pairs[3] = chunk.w;
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = times(centred(chunk, 8 * unit + 2 * i), scale, T());
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (SPREAD)
+          pairs[i] = times(centred_far(word_of(chunk, unit), i), scale, T());
+        else
+          pairs[i] = times(centred(chunk, 8 * unit + 2 * i), scale, T());
+      }
     }
   }
 
@@ -116,6 +133,20 @@ struct Format {
   }
 
  private:
+  // code - ZERO of a word's codes i and i + 4 of 4 bits, exactly: see `centred`.
+  static __device__ __forceinline__ u32 centred_far(u32 word, int i) {
+    static_assert(BITS == 4 && ZERO == 7, "only of these");
+    if constexpr (Same<T, half>::value) {
+      const u32 two = i < 2 ? word : word >> 8;
+      if (i % 2 == 0)
+        return subtract(select(two, 0x000F000F, 0x64006400), 0x64076407, T());
+      // Sixteen times as large: 1024 + 16 code. A sixteenth of it, - 71.
+      return times_and_add(select(two, 0x00F000F0, 0x64006400), 0x2C002C00, 0xD470D470);
+    } else {
+      return subtract(select(word >> 4 * i, 0x000F000F, 0x43004300), 0x43074307, T());
+    }
+  }
+
   // code - ZERO of the codes i and i + 1, i even, exactly. A code in the low bits of a number from
   // 1024 (128 in bfloat16) on makes that number larger by itself.
   static __device__ __forceinline__ u32 centred(const uint4& chunk, int i) {
@@ -132,16 +163,23 @@ struct Format {
       if constexpr (BITS == 4) {
         // Byte b twice, the second time from a word in which its high code is low.
         u32 b = u32(bit) / 8;
-        codes = __byte_perm(word, word >> 4, b * 0x0011 + (b + 4) * 0x1100) & 0x000F000F;
+        codes = select(__byte_perm(word, word >> 4, b * 0x0011 + (b + 4) * 0x1100), 0x000F000F,
+                       BASE * 0x10001u);
       } else if constexpr (BITS == 8) {
-        codes = __byte_perm(word, 0, bit == 0 ? 0x4140 : 0x4342);
+        codes = __byte_perm(word, BASE, bit == 0 ? 0x5150 : 0x5352);
       } else {
-        codes = (word >> bit & MASK) | (word >> (bit + BITS) & MASK) << 16;
+        codes = (word >> bit & MASK) | (word >> (bit + BITS) & MASK) << 16 | BASE * 0x10001u;
       }
-      return subtract(codes | BASE * 0x10001u, (BASE | ZERO) * 0x10001u, T());
+      return subtract(codes, (BASE | ZERO) * 0x10001u, T());
     }
   }
 };
+
+// A unit of x in the order of `Format::unpack<true>`.
+__device__ __forceinline__ uint4 spread(const uint4& unit) {
+  return make_uint4(__byte_perm(unit.x, unit.z, 0x5410), __byte_perm(unit.x, unit.z, 0x7632),
+                    __byte_perm(unit.y, unit.w, 0x5410), __byte_perm(unit.y, unit.w, 0x7632));
+}
 
 // Values k .. k + 8 of a row of K, zeros beyond its end. ALIGNED: K is a multiple of 8.
 template <bool ALIGNED, typename T>
