@@ -11,10 +11,11 @@ that running takes into FOLDER/packages, without TVM's compiler: the GPU machine
 NumPy, and torch for the comparison. It goes on where it was interrupted, packs the folder, and
 tells how large that is.
 
-`run` checks correctness first, then speed: decoding as a share of measured memory bandwidth,
-prompts as a share of the rate of torch's matrix products, both next to transformers on the same
-card. It stops after `--seconds`, writes OUTPUT/results.json after every item, and goes on with what
-is left when it is started again. Weights of the real shapes are random and made there.
+`run` checks correctness first, of the kernels and of a model for each kind of them, then speed:
+decoding as a share of measured memory bandwidth, prompts as a share of the rate of torch's matrix
+products, both next to transformers on the same card; and then the other families. It stops after
+`--seconds`, writes OUTPUT/results.json after every item, and goes on with what is left when it is
+started again. Weights of the real shapes are random and made there.
 
 `prepare --device cpu` and `run` do the same with CPU libraries, where nothing may differ.
 """

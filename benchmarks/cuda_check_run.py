@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -350,8 +351,9 @@ def run(folder: Path, output: Path, parts: Sequence[str], seconds: float, limit:
     end = time.monotonic() + seconds
     while waiting and time.monotonic() < end:
         part = items[waiting[0]]["part"]
-        # A process per part: what one leaves in memory and in threads is not the next one's.
-        together = [number for number in waiting if items[number]["part"] == part]
+        # A process per part: what one leaves in memory and in threads is not the next one's. In
+        # the order of the list, where a part may have its most valuable items in front of others.
+        together = list(takewhile(lambda n, part=part: items[n]["part"] == part, waiting))
         for number, result in _worker(folder, together, end, limit):
             results[items[number]["name"]] = result
             waiting.remove(number)

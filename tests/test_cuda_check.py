@@ -60,6 +60,7 @@ ITEMS = [
     item("model", "off", {"error": 0.5, "limit": 0.1, "layers": [0.0, 0.01, 0.3, 0.4]}),
     item("gemm", "gemm 1b", {"operations_per_s": 4e12}),
     item("speed", "1b q0f16", SPEED, shape="1b"),
+    item("model", "late", {"error": 0.0, "limit": 0.1}),
 ]
 
 
@@ -73,12 +74,13 @@ def test_what_fails_stops_nothing_else(
     assert results["crashes"] == {"failed": "ended with status 1: an illegal memory access"}
     assert results["hangs"] == {"failed": "no result within 3 s"}
     assert list(results) == [item["name"] for item in ITEMS]
-    # A process per part, and another one for what comes after an item that fails.
+    # In the order given, a process per part, and another one for what comes after an item that
+    # fails.
     starts = (folder / "starts.txt").read_text().splitlines()
-    assert starts == ["0", "1 2 3", "3", "4 5", "5", "6", "7"]
+    assert starts == ["0", "1 2 3", "3", "4 5", "5", "6", "7", "8"]
     table = (output / "results.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.startswith("1 of 5 kernels and models are right; 4 are not, 0 did not run.\n")
+    assert table.startswith("2 of 6 kernels and models are right; 4 are not, 0 did not run.\n")
     assert "| off | 5.0e-01 | 1e-01 | 2 |" in table
     # 400 of 800 GB/s, and 2 of 4 Tops/s.
     assert "| 1b q0f16 | 100.0 | 400.0 | 50.0% | 80.0 | 200 | 2.00 | 50.0% |  |  |" in table

@@ -123,7 +123,7 @@ class CompiledModel:
 
     def _check(self, library: Path, name: Path) -> None:
         if self.device.kind == "cuda":
-            check_device_code(library, self.device.arch, name)
+            check_device_code(library, self.device.arch, name, self.device.ptx)
 
 
 def compile_model(
@@ -274,7 +274,7 @@ def _code_generation(
 ) -> AbstractContextManager[object]:
     """What `tvm.compile` runs in."""
     if device.kernels == "cuda":
-        return cuda_compilation(device.arch, debug_dump)
+        return cuda_compilation(device.arch, debug_dump, device.ptx)
     if device.kind == "rocm":
         return rocm_compilation(device.arch[0])
     if device.kernels == "gpu":

@@ -67,6 +67,7 @@ class CudaBuild:
     archs: tuple[str, ...]
     nvcc: Path
     debug_dir: Path | None = None
+    ptx: bool = True
     sources: list[str] = field(default_factory=list)
     reports: list[KernelReport] = field(default_factory=list)
     launches: DynamicSharedMemory = field(default_factory=DynamicSharedMemory)
@@ -78,7 +79,7 @@ class CudaBuild:
         suffix = "" if len(self.sources) == 1 else f"_{len(self.sources)}"
         try:
             binary, log = compile_fatbin(
-                source, self.archs, self.nvcc, self.debug_dir, f"kernels{suffix}"
+                source, self.archs, self.nvcc, self.debug_dir, f"kernels{suffix}", self.ptx
             )
         except CompileError as error:
             self.error = error
@@ -88,12 +89,15 @@ class CudaBuild:
 
 
 @contextlib.contextmanager
-def cuda_compilation(archs: Sequence[str], debug_dir: Path | None = None) -> Iterator[CudaBuild]:
+def cuda_compilation(
+    archs: Sequence[str], debug_dir: Path | None = None, ptx: bool = True
+) -> Iterator[CudaBuild]:
     """Within the block, TVM compiles CUDA kernels with nvcc into machine code.
 
     Args:
         archs: real architectures, ("sm_80", "sm_90").
         debug_dir: where to keep kernels.cu, kernels.fatbin and ptxas.txt.
+        ptx: also PTX of the newest.
 
     Raises:
         ToolchainError: there is no nvcc or no CUDA runtime, or nvcc refused the kernels.
@@ -102,7 +106,7 @@ def cuda_compilation(archs: Sequence[str], debug_dir: Path | None = None) -> Ite
     enable_cuda_modules(nvcc)
     import tvm_ffi
 
-    build = CudaBuild(tuple(archs), nvcc, debug_dir)
+    build = CudaBuild(tuple(archs), nvcc, debug_dir, ptx)
     name = "tvm_callback_cuda_compile"
     theirs = tvm_ffi.get_global_func(name, allow_missing=True)
     forced_source = os.environ.pop("TVM_COMPILE_FORCE_FALLBACK", None)
@@ -168,12 +172,14 @@ def compile_fatbin(
     nvcc: Path,
     debug_dir: Path | None = None,
     name: str = "kernels",
+    ptx: bool = True,
 ) -> tuple[bytes, str]:
     """Compile CUDA C++ to machine code for every architecture and PTX of the newest.
 
     Args:
         archs: real architectures, ("sm_80", "sm_90").
         debug_dir: where to keep NAME.cu, NAME.fatbin and NAME.ptxas.txt, if anywhere.
+        ptx: False for no PTX.
 
     Returns:
         The fat binary, and what nvcc printed: ptxas's report. The same source gives the same bytes.
@@ -183,7 +189,8 @@ def compile_fatbin(
     """
     newest = arch_number(max(archs, key=arch_number))
     generate = [f"arch=compute_{arch_number(a)},code=sm_{arch_number(a)}" for a in archs]
-    generate.append(f"arch=compute_{newest},code=compute_{newest}")
+    if ptx:
+        generate.append(f"arch=compute_{newest},code=compute_{newest}")
     with tempfile.TemporaryDirectory(prefix="relaxlm-nvcc-") as temporary:
         folder = Path(temporary)
         (folder / f"{name}.cu").write_text(source, encoding="utf-8")
@@ -285,13 +292,14 @@ def _is_machine_code(payload: bytes) -> bool:
 
 
 def check_device_code(
-    library: Path, archs: Sequence[str], name: Path | None = None
+    library: Path, archs: Sequence[str], name: Path | None = None, ptx: bool = True
 ) -> list[DeviceCode]:
     """Make sure that a linked library has machine code for every architecture, and no source.
 
     Args:
-        archs: ("sm_80", "sm_90"); PTX of the newest must be there, too.
+        archs: ("sm_80", "sm_90").
         name: what errors call the library, if it is not yet where it will be.
+        ptx: PTX of the newest must be there, too.
 
     Returns:
         The images found.
@@ -309,7 +317,7 @@ def check_device_code(
     machine_code = {image.arch for image in images if image.kind == "elf"}
     wanted = [f"machine code for {arch}" for arch in archs if arch not in machine_code]
     newest = max(archs, key=arch_number)
-    if DeviceCode("ptx", newest) not in images:
+    if ptx and DeviceCode("ptx", newest) not in images:
         wanted.append(f"PTX of {newest}")
     if wanted:
         found = ", ".join(f"{image.kind} {image.arch}" for image in images) or "no device code"

@@ -146,6 +146,7 @@ class DeviceTarget:
             architecture's baseline. Empty for GPUs: host code only launches kernels.
         platform: the machine that the library is loaded on.
         further: with code for several CPUs in one library, those after this one, the plainest.
+        ptx: cuda: whether PTX of the newest architecture is there, for GPUs that come later.
     """
 
     kind: Kind
@@ -153,6 +154,7 @@ class DeviceTarget:
     cpu_features: tuple[str, ...]
     platform: Platform = field(default_factory=this_platform)
     further: tuple[DeviceTarget, ...] = ()
+    ptx: bool = True
 
     @property
     def versions(self) -> tuple[DeviceTarget, ...]:

@@ -1,5 +1,6 @@
 """Whole models compile ahead of time to machine code for GPUs, on a machine without one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,22 +26,24 @@ needs_nvcc = pytest.mark.skipif(not NVCC, reason="there is no nvcc")
 RAW = tiny_config("llama", num_hidden_layers=1)
 
 
-def compile_to(path: Path, scheme_name: str, arch: str, overrides: str = "") -> build.CompiledModel:
+def compile_to(
+    path: Path, scheme_name: str, arch: str, overrides: str = "", ptx: bool = True
+) -> build.CompiledModel:
     config, scheme = models.load_config(RAW), get_scheme(scheme_name)
     options = CompileOptions.resolve(config, scheme, overrides=overrides)
-    device = resolve_device("cuda", arch)
+    device = replace(resolve_device("cuda", arch), ptx=ptx)
     compiled = build.compile_model(config, RAW, scheme, device, options)
     compiled.save(path)
     return compiled
 
 
 @needs_nvcc
-@pytest.mark.parametrize("scheme", ["q4f32_1", "q0bf16"])
-def test_a_preset_becomes_machine_code(scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "ptx"), [("q4f32_1", True), ("q0bf16", False)])
+def test_a_preset_becomes_machine_code(scheme: str, ptx: bool, tmp_path: Path) -> None:
     library = tmp_path / "model.so"
-    compile_to(library, scheme, "sm_80")
+    compile_to(library, scheme, "sm_80", ptx=ptx)
     images = {(image.kind, image.arch) for image in cuda.device_code(library.read_bytes())}
-    assert images == {("elf", "sm_80"), ("ptx", "sm_80")}
+    assert images == {("elf", "sm_80")} | ({("ptx", "sm_80")} if ptx else set())
 
 
 @needs_nvcc

@@ -157,7 +157,7 @@ def attend_kernel(
             # Only results of parts go there.
             size = T.min(parts - 1, 1) * parts * n * heads * (dim + 2) + 1
             partial = T.alloc_buffer((size,), "float32", scope="global").data
-            with grid([*blocks, parts], warps) as (x, y, part):
+            with grid([*blocks, parts], warps, resident=1) as (x, y, part):
                 device_call(
                     "attend.cuh",
                     code,

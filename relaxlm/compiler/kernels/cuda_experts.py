@@ -103,7 +103,8 @@ def expert_kernel(format: CudaFormat, experts: int, shared_limit: int) -> tirx.P
 
         def run(way: Way, tiles: Expr, direct: bool) -> None:
             options = f"{way.rows}, {'true' if direct else 'false'}"
-            with grid([tiles, (n + way.rows - 1) // way.rows], way.warps) as (tile_of_x, tile):
+            blocks = [tiles, (n + way.rows - 1) // way.rows]
+            with grid(blocks, way.warps, way.resident) as (tile_of_x, tile):
                 device_call(
                     "linear.cuh",
                     f"relaxlm::expert_linear<{format.name}, {way.code}, {options}>",

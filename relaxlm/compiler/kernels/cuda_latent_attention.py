@@ -135,7 +135,7 @@ def attend_kernel(
             # Only results of parts go there.
             size = T.min(parts - 1, 1) * parts * n * heads * (latent + 2) + 1
             partial = T.alloc_buffer((size,), "float32", scope="global").data
-            with grid([*blocks, parts], warps) as places:
+            with grid([*blocks, parts], warps, resident=1) as places:
                 device_call(
                     "latents.cuh",
                     code,
@@ -203,7 +203,7 @@ def head_matmul_kernel(
 
         def run(way: Way) -> None:
             blocks = [(n + way.tokens - 1) // way.tokens, -(-outputs // way.rows), heads]
-            with grid(blocks, way.warps) as (tile_of_x, tile, head):
+            with grid(blocks, way.warps, way.resident) as (tile_of_x, tile, head):
                 device_call(
                     "linear.cuh",
                     f"relaxlm::head_linear<{format.name}, {way.code}, {way.rows}, {way.tokens}>",

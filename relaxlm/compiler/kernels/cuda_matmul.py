@@ -88,6 +88,7 @@ class Way:
         rows, tokens: of the matrix and of x, that a block takes.
         shared: bytes.
         splits: whether blocks may share out the columns, too.
+        resident: see `grid`.
     """
 
     code: str
@@ -96,6 +97,7 @@ class Way:
     warps: int
     shared: int
     splits: bool = False
+    resident: int | None = None
 
 
 def skinny(format: CudaFormat, row_tiles: int, token_tiles: int, warps: int) -> Way:
@@ -122,7 +124,7 @@ def tiled(format: CudaFormat, row_warps: int, token_warps: int, token_tiles: int
         f"{row_tiles}, {token_tiles}, {stages}>"
     )
     shared = max(stages * stage, out) + tokens * 4
-    return Way(code, rows, tokens, warps, shared, splits=warps <= 4)
+    return Way(code, rows, tokens, warps, shared, splits=warps <= 4, resident=1)
 
 
 def skinny_float(format: CudaFormat, tokens: int) -> Way:
@@ -239,7 +241,8 @@ def matmul_kernel(
 
         def multiply(way: Way, of_x: Expr, of_matrix: Expr, parts: Expr, partial: Expr) -> None:
             options = f"{format.name}, {way.code}, {way.rows}, {way.tokens}, {flags}"
-            with grid([of_x, of_matrix, parts], way.warps) as (tile_of_x, tile, part):
+            blocks = [of_x, of_matrix, parts]
+            with grid(blocks, way.warps, way.resident) as (tile_of_x, tile, part):
                 device_call(
                     "linear.cuh",
                     f"relaxlm::linear<{options}>",
@@ -295,7 +298,7 @@ def gated_matmul_kernel(format: CudaFormat, activation: str, shared_limit: int) 
         def run(way: Way) -> None:
             of_x, of_matrix = (m + way.tokens - 1) // way.tokens, (n + way.rows - 1) // way.rows
             options = f"{format.name}, {way.code}, {way.rows}, {way.tokens}"
-            with grid([of_x, of_matrix], way.warps) as (tile_of_x, tile):
+            with grid([of_x, of_matrix], way.warps, way.resident) as (tile_of_x, tile):
                 device_call(
                     "linear.cuh",
                     f"relaxlm::gated_linear<{options}, {activation_type(activation)}>",
@@ -305,7 +308,7 @@ def gated_matmul_kernel(format: CudaFormat, activation: str, shared_limit: int) 
                 )
 
         few = [(8, skinny(format, 2, 1, 8)), (16, skinny(format, 2, 2, 8))]
-        few.append((32, skinny(format, 2, 4, 8)))
+        few.append((32, skinny(format, 2, 4, 4)))
         many = [way for way in ways(format, format.dtype, shared_limit) if not 0 < way[0] <= 32]
         choose([*few, *many], m, run)
 

@@ -74,8 +74,16 @@ def device_call(file: str, function: str, *arguments: Expr | int) -> None:
 
 
 @contextmanager
-def grid(blocks: Sequence[Expr | int], warps: int) -> Iterator[list[Expr]]:
-    """Blocks of `warps` warps along one to three axes: gives the block's place on each."""
+def grid(
+    blocks: Sequence[Expr | int], warps: int, resident: int | None = None
+) -> Iterator[list[Expr]]:
+    """Blocks of `warps` warps along one to three axes: gives the block's place on each.
+
+    Args:
+        resident: blocks that a multiprocessor is to have room for at a time. With None the compiler
+            gives up registers, and spills some, for blocks that a kernel's shared memory, of which
+            it does not know, may have no room for.
+    """
     with ExitStack() as stack:
         places = [
             stack.enter_context(T.thread_binding(extent, f"blockIdx.{axis}"))
@@ -83,6 +91,8 @@ def grid(blocks: Sequence[Expr | int], warps: int) -> Iterator[list[Expr]]:
         ]
         stack.enter_context(T.thread_binding(warps, "threadIdx.y"))
         stack.enter_context(T.thread_binding(WARP, "threadIdx.x"))
+        if resident is not None:
+            stack.enter_context(T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident}))
         yield [T.cast(place, "int32") for place in places]
 
 
