@@ -49,7 +49,7 @@ ROWS = (
     Row("cpu:znver4", "machine code and symbols", WHEEL),
     Row("linux-arm64", "symbols", WHEEL),
     Row("linux-arm64:portable", "logits in qemu, each version", WHEEL),
-    Row("linux-riscv64", "symbols", NO_WHEEL),
+    Row("linux-riscv64", "logits in qemu", NO_WHEEL),
     Row("android-arm64", "symbols", NO_WHEEL),
     Row("macos-arm64", "symbols, signature, memory of the file", WHEEL),
     Row("macos-x86_64", "symbols, memory of the file", NO_WHEEL),

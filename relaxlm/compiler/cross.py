@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from relaxlm.compiler import riscv_half
 from relaxlm.compiler.link import run_tool
 from relaxlm.compiler.platforms import Platform
 from relaxlm.errors import CompileError, ToolchainError
@@ -68,6 +69,10 @@ class ZigLinker:
             return
         assert platform.zig is not None
         command = [*self.zig, "cc", "-target", platform.zig, "-shared", "-o", str(output), *objects]
+        if platform.cpu == "riscv64":
+            source = output.with_suffix(".c")
+            source.write_text(riscv_half.SOURCE)
+            command += ["-O2", "-fPIC", str(source)]
         if platform.system == "win32":
             command.append(str(self._import_library(output)))
         run_tool([*command, *_OPTIONS.get(platform.system, ())], purpose)

@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from relaxlm.errors import ConfigError
@@ -115,13 +115,16 @@ PLATFORMS: dict[str, Platform] = {
         # glibc 2.28, the oldest that the wheels of TVM run with.
         _linux("linux-x86_64", "x86_64", "x86_64-linux-gnu.2.28", "x86-64-v3"),
         _linux("linux-arm64", "aarch64", "aarch64-linux-gnu.2.28", "armv8-a"),
-        _linux(
-            "linux-riscv64",
-            "riscv64",
-            "riscv64-linux-gnu.2.35",
-            None,
-            mattr=["+m", "+a", "+f", "+d", "+c"],
-            mabi="lp64d",
+        replace(
+            _linux(
+                "linux-riscv64",
+                "riscv64",
+                "riscv64-linux-gnu.2.35",
+                None,
+                mattr=["+m", "+a", "+f", "+d", "+c"],
+                mabi="lp64d",
+            ),
+            suffixes=(".so",),  # object files alone would convert halves wrongly: `riscv_half.py`
         ),
         Platform(
             "android-arm64",
