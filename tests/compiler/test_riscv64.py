@@ -32,6 +32,7 @@ from tests.compiler.conftest import LIMITS, Portable
 COMPILER = shutil.which("riscv64-linux-gnu-g++")
 QEMU = shutil.which("qemu-riscv64") or shutil.which("qemu-riscv64-static")
 PROGRAM = Path(__file__).with_name("replay.cpp")
+PROGRAMS = cache_folder().parent / "relaxlm-riscv64"  # of the machine, not of the tests
 # Where Debian's cross compiler has the C library that programs load there.
 SYSTEM = "/usr/riscv64-linux-gnu"
 # Numbers of DLPack for NumPy's kinds.
@@ -99,7 +100,7 @@ def program() -> Path:
     state = hashlib.sha256(repr(sorted(PINNED.items())).encode() + PROGRAM.read_bytes())
     for header in sorted(runtime.HEADERS.rglob("*.h")):
         state.update(header.read_bytes())
-    folder = cache_folder().parent / "relaxlm-riscv64" / state.hexdigest()[:32]
+    folder = PROGRAMS / state.hexdigest()[:32]
     if not (folder / "replay").exists():
         shutil.rmtree(folder, ignore_errors=True)
         runtime.assemble(folder / "tree")
