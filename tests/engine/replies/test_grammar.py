@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,12 @@ def fits_strict(arguments: Any) -> bool:
     )
 
 
+@cache
+def structural(vocabulary: Tokenizer) -> np.ndarray:
+    """[vocab] whether a token is one of STRUCTURE."""
+    return np.array([vocabulary.token_bytes(i) in STRUCTURE for i in range(vocabulary.vocab_size)])
+
+
 class Walk:
     """Writes random replies that a grammar allows."""
 
@@ -84,10 +91,10 @@ class Walk:
             allowed = self.allowed()
             assert len(allowed), "a reply that cannot go on"
             ends = self.vocabulary.eos_id in allowed
-            structure = [i for i in allowed if self.vocabulary.token_bytes(i) in STRUCTURE]
+            structure = allowed[structural(self.vocabulary)[allowed]]
             if ends and self.random.random() < 0.2:
                 return True
-            some = structure if structure and self.random.random() < 0.5 else allowed
+            some = structure if len(structure) and self.random.random() < 0.5 else allowed
             chosen = int(self.random.choice(some))
             if chosen == self.vocabulary.eos_id:
                 return True
