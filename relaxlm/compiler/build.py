@@ -66,6 +66,23 @@ Progress = Callable[[str, float], None]
 # Tokens of a page where no layer attends: it is never touched, and the fewer there are the better.
 _PAGE_OF_NUMBERS = 2**20
 
+# Passes of TVM over loop nests that take time and find nothing to do on CPUs. The first takes
+# seconds: buffers inside our kernels have the size that is used of them.
+UNUSED_ON_CPU = ("s_tir.CompactBufferAllocation",)
+FOR_GPUS = (
+    "s_tir.InferFragment",
+    "s_tir.InjectPermutedLayout",
+    "s_tir.InjectSoftwarePipeline",
+    "s_tir.InjectVirtualThread",
+    "s_tir.LiftThreadBinding",
+    "s_tir.LowerThreadAllreduce",
+    "s_tir.ManifestSharedMemoryLocalStage",
+    "s_tir.MergeSharedMemoryAllocations",
+    "s_tir.ThreadSync",
+    "s_tir.TransformMmaBufferLayout",
+    "s_tir.UnifyThreadBinding",
+)
+
 # Layers after which the buffers of a step repeat.
 PLANNED_LAYERS = 3
 # Bytes that a WebAssembly module of TVM's JavaScript runtime can have: its addresses are signed.
@@ -279,9 +296,7 @@ def _code_generation(
         return rocm_compilation(device.arch[0])
     if device.kernels == "gpu":
         return nullcontext()
-    # TVM's passes over loop nests without one that takes seconds and finds nothing to do: buffers
-    # inside our kernels have the size that is used of them.
-    return tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"])
+    return tvm.transform.PassContext(disabled_pass=[*UNUSED_ON_CPU, *FOR_GPUS])
 
 
 class _Stages:

@@ -1,10 +1,16 @@
 """Compiling as a whole: what a library says of itself, and what is left when it fails."""
 
+import sys
 from pathlib import Path
 
 import pytest
+import tvm
+from tvm import tirx
+from tvm.tirx.build import codegen_build
+from tvm_ffi import structural_equal
 
 from relaxlm import models
+from relaxlm.compiler import build
 from relaxlm.compiler.build import compile_model, describe_model
 from relaxlm.compiler.options import CompileOptions
 from relaxlm.compiler.request import CompileRequest
@@ -46,6 +52,30 @@ def test_debug_dump_has_the_ir_after_every_pass(tmp_path: Path) -> None:
     names = [path.name for path in sorted((tmp_path / "dump").iterdir())]
     assert any("QuantizeParameters" in name for name in names)
     assert any("LowerPagedAttention" in name for name in names)
+
+
+def test_passes_that_are_left_out_would_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loop nests reach LLVM as they do with TVM's passes for GPUs."""
+
+    def lowered() -> dict[str, tirx.PrimFunc]:
+        found: dict[str, tirx.PrimFunc] = {}
+        with monkeypatch.context() as patch:
+
+            def generate(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Module:
+                found.update((name.name_hint, f) for name, f in module.functions_items())
+                return codegen_build(tvm.IRModule(), target)
+
+            # The function `build` hides the module of that name.
+            patch.setattr(sys.modules[codegen_build.__module__], "codegen_build", generate)
+            compile_model(*resolved(num_hidden_layers=1))
+        return found
+
+    without = lowered()
+    monkeypatch.setattr(build, "FOR_GPUS", ())
+    whole = lowered()
+    assert len(whole) > 9 and whole.keys() == without.keys()
+    for name, function in whole.items():
+        assert structural_equal(function, without[name], map_free_vars=True), name
 
 
 def test_a_wrong_suffix_is_refused_before_compiling(tmp_path: Path) -> None:
