@@ -51,7 +51,9 @@ def test_every_version_computes_the_model(
     assert rounded == (name not in ("x86-64-v2", "armv8-a"))
     found = runtime_step.logits(portable.library, portable.folder)
     error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    if rounded:  # every activation to 8 bits, and with AMX or AVX-512 BF16 to bfloat16
+    # AVX-512's kernels multiply with rows of 128 numbers at least, which this model has not.
+    fits = name not in ("x86-64-v4+vnni", "x86-64-v4+vnni+bf16")
+    if rounded and fits:  # every activation to 8 bits, and with AMX to bfloat16
         assert 1e-4 < error.max() < 6e-2
     else:
         assert error.max() < 1e-5
