@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tvm
 
+from relaxlm.compiler.build import FOR_GPUS, UNUSED_ON_CPU
 from relaxlm.compiler.kernels.cpu_matmul import matmul_kernel
 from relaxlm.compiler.kernels.vector import VectorUnit, vector_unit
 from relaxlm.compiler.target import resolve_device
@@ -43,7 +44,8 @@ def native_unit() -> VectorUnit:
 def build(kernels: dict[str, tvm.tirx.PrimFunc], arch: str = "native") -> tvm.runtime.Executable:
     """Compile kernels as `relaxlm compile` does."""
     functions = {name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()}
-    return tvm.compile(tvm.IRModule(functions), target=resolve_device("cpu", arch).tvm_target())
+    with tvm.transform.PassContext(disabled_pass=[*UNUSED_ON_CPU, *FOR_GPUS]):
+        return tvm.compile(tvm.IRModule(functions), target=resolve_device("cpu", arch).tvm_target())
 
 
 def multiply(kernel, x: np.ndarray, stored: list[np.ndarray], n: int, out_dtype: str) -> np.ndarray:

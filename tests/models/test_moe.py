@@ -7,7 +7,7 @@ from tvm import relax
 from tvm.relax.frontend import nn
 
 from relaxlm import models
-from relaxlm.compiler.build import describe_model
+from relaxlm.compiler.build import FOR_GPUS, UNUSED_ON_CPU, describe_model
 from relaxlm.compiler.options import CompileOptions
 from relaxlm.compiler.target import resolve_device
 from relaxlm.errors import UnsupportedError
@@ -118,6 +118,9 @@ def run_choose(values: np.ndarray, each: int) -> tuple[np.ndarray, np.ndarray]:
     spec = {"forward": {"p": nn.spec.Tensor(values.shape, "float32")}}
     module, _ = Chooser().export_tvm(spec)
     target = resolve_device("cpu").tvm_target()
-    machine = relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
+    # As `relaxlm compile` does.
+    with tvm.transform.PassContext(disabled_pass=[*UNUSED_ON_CPU, *FOR_GPUS]):
+        executable = tvm.compile(module, target=target)
+    machine = relax.VirtualMachine(executable, tvm.cpu())
     found = machine["forward"](tvm.runtime.tensor(values))
     return found[0].numpy(), found[1].numpy()
