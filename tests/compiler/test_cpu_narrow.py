@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tvm
 
+from relaxlm.compiler.build import FOR_GPUS, UNUSED_ON_CPU
 from relaxlm.compiler.kernels import cpu_narrow
 from relaxlm.compiler.kernels.builder import emit, length, tensor
 from relaxlm.compiler.kernels.isa import NEEDS, Isa, dot_products
@@ -55,7 +56,8 @@ def kernels(shapes: list[tuple[int, int]], scheme: str, isa: Isa) -> dict[str, t
 def native(functions: dict[str, tvm.tirx.PrimFunc], isa: Isa) -> tuple[Run, str]:
     """What calls a kernel by name with NumPy arrays, written in place, and the assembly."""
     named = {name: kernel.with_attr("global_symbol", name) for name, kernel in functions.items()}
-    library = tvm.compile(tvm.IRModule(named), target=X86[isa])
+    with tvm.transform.PassContext(disabled_pass=[*UNUSED_ON_CPU, *FOR_GPUS]):
+        library = tvm.compile(tvm.IRModule(named), target=X86[isa])
 
     def run(name: str, *arrays: np.ndarray) -> None:
         copies = [tvm.runtime.tensor(array) for array in arrays]
