@@ -24,6 +24,8 @@ from tvm.script.ir_builder import tirx as T
 # Buffers below this many bytes live on the stack, where LLVM turns them into registers; larger
 # ones are taken from TVM's pool of workspaces, at every pass over the place that declares them.
 STACK_BYTES = 1024
+# relax::OpPatternKind of TVM.
+OPAQUE = 8
 
 
 def emit(body: Callable[[], None], imports: Sequence[str] = ()) -> tirx.PrimFunc:
@@ -49,7 +51,8 @@ def emit(body: Callable[[], None], imports: Sequence[str] = ()) -> tirx.PrimFunc
     # Relax passes expect a root block; a fixed symbol name would clash between kernels.
     root = s_tir.SBlock([], [], [], "root", text)
     function = function.with_body(s_tir.SBlockRealize([], tirx.const(True, "bool"), root))
-    return function.with_attr("tirx.is_scheduled", True)
+    # No pass fuses one with what is around it, whatever the body looks like.
+    return function.with_attrs({"tirx.is_scheduled": True, "op_pattern": OPAQUE})
 
 
 def length(name: str) -> tirx.Var:

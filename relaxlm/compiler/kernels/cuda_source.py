@@ -24,8 +24,6 @@ from relaxlm.quantization.kv_cache import KVFormat
 
 FOLDER = Path(__file__).parent / "cuda"
 WARP = 32
-# relax::OpPatternKind of TVM.
-OPAQUE = 8
 
 # Names of dtypes in CUDA C++.
 C_TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
@@ -65,7 +63,7 @@ def source(name: str) -> str:
 def launches(body: Callable[[], None]) -> tirx.PrimFunc:
     """The kernel that `body` emits, whose loops TVM does not see into."""
     # Without it, TVM takes what stores nothing that it can see for something to fuse.
-    return emit(body).with_attr("op_pattern", OPAQUE)
+    return emit(body)
 
 
 def device_call(file: str, function: str, *arguments: Expr | int) -> None:

@@ -24,7 +24,6 @@ from tvm.script.ir_builder import tirx as T
 from relaxlm.compiler.kernels import attention
 from relaxlm.compiler.kernels.attention import PAGE_SIZE, AttentionShape, PageTensor
 from relaxlm.compiler.kernels.builder import emit, tensor
-from relaxlm.compiler.kernels.cuda_source import OPAQUE
 from relaxlm.compiler.kernels.gpu_tiles import (
     NO_SCORE,
     Tile,
@@ -476,4 +475,4 @@ def attend_kernel(shape: AttentionShape, format: KVFormat, dtype: str) -> tirx.P
                 with T.Else():
                     run_few(None)
 
-    return emit(body).with_attr("op_pattern", OPAQUE)
+    return emit(body)

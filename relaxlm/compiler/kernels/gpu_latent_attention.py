@@ -14,7 +14,6 @@ from tvm.script.ir_builder import tirx as T
 from relaxlm.compiler.kernels.attention import PAGE_SIZE
 from relaxlm.compiler.kernels.builder import emit, tensor
 from relaxlm.compiler.kernels.cpu_latent_attention import LatentShape
-from relaxlm.compiler.kernels.cuda_source import OPAQUE
 from relaxlm.compiler.kernels.gpu_attention import (
     COUNT,
     FIRST_PAGE,
@@ -125,7 +124,7 @@ def attend_kernel(shape: LatentShape, format: KVFormat, dtype: str) -> tirx.Prim
             with T.Else():
                 run(None)
 
-    return emit(body).with_attr("op_pattern", OPAQUE)
+    return emit(body)
 
 
 @functools.cache
@@ -182,4 +181,4 @@ def head_matmul_kernel(
 
         choose(MATMUL_TILES)
 
-    return emit(body).with_attr("op_pattern", OPAQUE)
+    return emit(body)

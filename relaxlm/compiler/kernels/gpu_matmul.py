@@ -2,7 +2,7 @@
 
 How many rows x has decides which of two kernels runs. Of few rows, `_few`, threads of a workgroup
 share out the columns of some rows of the matrix. Each takes whole words, eight weights of 4 bits,
-and its sums meet in workgroup memory. Of many, `_Tiles`, a workgroup computes a tile of the result.
+and its sums meet in workgroup memory. Of many, `_many`, a workgroup computes a tile of the result.
 Weights and rows of x come into its memory step by step, a weight once for all rows of the tile, and
 a thread has 16 sums in registers.
 

@@ -12,7 +12,6 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from relaxlm.compiler.kernels.builder import emit, tensor
-from relaxlm.compiler.kernels.cuda_source import OPAQUE
 from relaxlm.compiler.kernels.gpu_activations import ACTIVATIONS
 from relaxlm.compiler.kernels.gpu_tiles import MOST_THREADS, length, private, put, shared
 from relaxlm.compiler.kernels.row_expression import (
@@ -118,7 +117,7 @@ def row_kernel(
             one_row()
 
     # To TVM, elements by themselves look like something to fuse.
-    return emit(body).with_attr("op_pattern", OPAQUE)
+    return emit(body)
 
 
 def _normalizer(
