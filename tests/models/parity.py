@@ -247,7 +247,7 @@ def check_text_part(outer: dict) -> None:
         if scheme != "q0f32":
             kept = dequantized_state(outer, named, scheme)
             model.load_state_dict({inner[name]: kept[name] for name in kept}, strict=False)
-        np.testing.assert_allclose(logits, reference_logits(model, ids), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits, reference_logits(model, ids), rtol=1e-4, atol=2e-5)
 
 
 def compiled_and_reference(

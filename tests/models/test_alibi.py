@@ -9,12 +9,8 @@ import torch
 import transformers
 
 from relaxlm import models
-from relaxlm.compiler.build import compile_model
-from relaxlm.compiler.options import CompileOptions
-from relaxlm.compiler.target import resolve_device
-from relaxlm.errors import ConfigError, UnsupportedError
+from relaxlm.errors import ConfigError
 from relaxlm.models.alibi import slopes
-from relaxlm.quantization.schemes import get_scheme
 from tests.models import numpy_decoders, parity
 from tests.models.parity import VOCAB
 
@@ -164,18 +160,6 @@ def test_what_is_not_implemented_is_refused_by_name(case: str) -> None:
     with pytest.raises(ConfigError) as error:
         models.load_config(raw)
     assert str(error.value) == text
-
-
-def test_webgpu_is_refused() -> None:
-    raw, scheme = bloom(), get_scheme("q4f32_1")
-    config = models.load_config(raw)
-    options = CompileOptions.resolve(config, scheme, None, "", "O2")
-    with pytest.raises(UnsupportedError) as error:
-        compile_model(config, raw, scheme, resolve_device("webgpu"), options)
-    assert str(error.value) == (
-        "bloom: attention with linear biases (ALiBi) is not supported on webgpu. Compile for the "
-        "CPU: --device wasm in browsers, --device cpu elsewhere"
-    )
 
 
 def test_texts_may_be_longer_than_the_trained_ones() -> None:

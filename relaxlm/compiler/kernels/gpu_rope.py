@@ -4,6 +4,7 @@ One kernel, a workgroup for each head of each token. Pages are those of `gpu_att
 """
 
 import functools
+from collections.abc import Callable
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -75,18 +76,25 @@ def rope_append_kernel(
                     with when(True if count % THREADS == 0 else i < count):
                         one(i)
 
-            def head_of(part: int, head: Expr) -> None:
-                product, first = options.places[part]
-                norm, turned = norms[part], options.turned if part < 2 else 0
-                spread = private(1)
+            spread = private(1)
 
-                def raw(d: Expr) -> Expr:
-                    return T.cast(products[product][token, first + head * dim + d], "float32")
+            def raw(part: int, head: Expr, d: Expr) -> Expr:
+                product, first = options.places[part]
+                return T.cast(products[product][token, first + head * dim + d], "float32")
+
+            def add_squares(part: int, head: Expr) -> None:
+                def add(d: Expr) -> None:
+                    put(spread, spread[0] + raw(part, head, d) * raw(part, head, d))
+
+                each(dim, add)
+
+            def write(part: int, head: Expr) -> None:
+                norm, turned = norms[part], options.turned if part < 2 else 0
 
                 def value(d: Expr) -> Expr:
                     if norm is None:
-                        return raw(d)
-                    return raw(d) * spread[0] * T.cast(norm[d], "float32")
+                        return raw(part, head, d)
+                    return raw(part, head, d) * spread[0] * T.cast(norm[d], "float32")
 
                 def pair(i: Expr) -> None:
                     assert turns is not None
@@ -98,14 +106,6 @@ def rope_append_kernel(
                     store(part, head, a, x[0] * c - y[0] * s)
                     store(part, head, b, y[0] * c + x[0] * s)
 
-                if norm is not None:
-                    sums = shared(THREADS)
-                    put(spread, 0.0)
-                    each(dim, lambda d: put(spread, spread[0] + raw(d) * raw(d)))
-                    put(sums, spread[0], t)
-                    reduce([sums], t, t, THREADS)
-                    mean = sums[0] / T.float32(dim) + T.float32(options.eps)
-                    put(spread, T.float32(1) / T.sqrt(mean))
                 if turned:
                     each(turned // 2, pair)
                 if turned < dim:
@@ -114,14 +114,26 @@ def rope_append_kernel(
                         lambda i: store(part, head, turned + i, value(turned + i)),
                     )
 
-            # All threads of a workgroup have the same head, so they may wait for each other.
-            with T.If(place < heads):
-                with T.Then():
-                    head_of(0, place)
-                with T.Else(), T.If(place < heads + kv_heads):
+            def with_head(one: Callable[[int, Expr], None]) -> None:
+                with T.If(place < heads):
                     with T.Then():
-                        head_of(1, place - heads)
-                    with T.Else():
-                        head_of(2, place - heads - kv_heads)
+                        one(0, place)
+                    with T.Else(), T.If(place < heads + kv_heads):
+                        with T.Then():
+                            one(1, place - heads)
+                        with T.Else():
+                            one(2, place - heads - kv_heads)
+
+            if options.norm:
+                # Values have no norm, but wait with the others: PoCL 3.1 is wrong about threads
+                # that meet in these branches, though all of them take the same one.
+                sums = shared(THREADS)
+                put(spread, 0.0)
+                with_head(add_squares)
+                put(sums, spread[0], t)
+                reduce([sums], t, t, THREADS)
+                mean = sums[0] / T.float32(dim) + T.float32(options.eps)
+                put(spread, T.float32(1) / T.sqrt(mean))
+            with_head(write)
 
     return emit(body)
