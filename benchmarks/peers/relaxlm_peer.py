@@ -35,7 +35,7 @@ class RelaxLM(StepRuntime):
             self.sequences.free(seq)
         self.held, self.length = [self.sequences.add() for _ in ids], ids.shape[1]
         for seq, prompt in zip(self.held, ids, strict=True):
-            self.generator.prefill(seq, prompt).argmax(-1)
+            self.generator.prefill(seq, prompt).all().argmax(-1)
 
     def rewind(self) -> None:
         for seq in self.held:
