@@ -133,15 +133,18 @@ def pip(command: str, *arguments: str) -> None:
     quiet([*pip, *options, *arguments])
 
 
-def quiet(command: Sequence[str], **options: object) -> None:
+def quiet(
+    command: Sequence[str], cwd: str | None = None, env: dict[str, str] | None = None
+) -> None:
     """Run a command whose output matters where it fails."""
-    result = subprocess.run(  # type: ignore[call-overload]
+    result = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
+        cwd=cwd,
+        env=env,
     )
     if result.returncode:
         sys.exit(f"{' '.join(command)}:\n{result.stdout[-2000:]}")

@@ -116,7 +116,6 @@ def row_kernel(
         else:
             one_row()
 
-    # To TVM, elements by themselves look like something to fuse.
     return emit(body)
 
 

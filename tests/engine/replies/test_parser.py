@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from relaxlm.engine.replies import Delta, ReplyMessage, ToolCall, ToolCallDelta
 from relaxlm.engine.replies.formats import FORMATS, ToolFormat
 from relaxlm.engine.replies.sink import openai_id, short_id
-from tests.engine.replies.samples import HARD, Case, cases, parsed, parser
+from tests.engine.replies.cases import HARD, Case, cases
+from tests.engine.replies.samples import parsed, parser
 
 CASES = list(cases())
 
